@@ -1,0 +1,283 @@
+"""The adapters of a model: which there are, which are active, what trains. Bookkeeping shared by both backends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora.config import LoRAConfig
+from lora.errors import LoRAError, did_you_mean
+from lora.layers import AdapterLayer, LoRALinear, SavedModule, adapter_layers, saved_modules
+from lora.nf4_layer import NF4Linear
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"))  # one mask seed each
+MASK_STREAMS = {"down_proj": 1}  # it reads another x than gate_proj and up_proj: another mask of the same seed
+
+
+@dataclass
+class Bias:
+    """A base bias that trains: the parameter, and the values it does not hold now (the base's or the trained ones)."""
+
+    parameter: nn.Parameter
+    resting: Tensor
+
+
+@dataclass
+class AdapterState:
+    """What `inject` leaves on the model beside its layers, as `model.lora_state`."""
+
+    requires_grad: dict[str, bool]  # before injection, by parameter path
+    configs: dict[str, LoRAConfig] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    biases: dict[str, Bias] = field(default_factory=dict)  # by path in the base model
+    biases_trained: str | None = None  # the adapter whose config trains biases
+    trained_biases_in_use: bool = False
+    modes: dict[str, Any] = field(default_factory=dict)  # what for_training and for_inference have to put back
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One line of `adapters(model)`."""
+
+    config: LoRAConfig
+    active: bool
+    merged: bool
+    parameters: int
+
+
+class TrainableParameters(list[nn.Parameter]):
+    """The parameters to hand to an optimizer; prints as a summary."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], total: int) -> None:
+        super().__init__(parameters)
+        self.trainable, self.total = sum(p.numel() for p in parameters), total
+
+    def __str__(self) -> str:
+        share = self.trainable / self.total if self.total else 0.0
+        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2%}), in {len(self)} tensors"
+
+
+def state_of(model: nn.Module) -> AdapterState:
+    """The model's adapter state, also where DistributedDataParallel or torch.compile has wrapped it."""
+    for candidate in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
+        state = getattr(candidate, "lora_state", None)
+        if isinstance(state, AdapterState):
+            return state
+    raise LoRAError(f"this {type(model).__name__} carries no adapters: call lora.inject(model, config) first.")
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
+    """The adapters of `model` by name, in the order they were added."""
+    state = state_of(model)
+    merged = {name for _, layer in adapter_layers(model) if layer.merged for name in layer.merged.adapters}
+    return {
+        name: AdapterInfo(config, name in state.active, name in merged, _count(model, name))
+        for name, config in state.configs.items()
+    }
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> nn.Module:
+    """Makes one adapter active and trainable, or several, whose updates add; the others rest."""
+    state = state_of(model)
+    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    for name in names:
+        _require(state, name)
+    if len(set(names)) != len(names) or not names:
+        raise LoRAError(f"adapter_name is {adapter_name!r}, expected one name or several different ones.")
+    _refuse_merged(model, "set_adapter")
+    copies = [name for name in names if state.configs[name].modules_to_save]
+    if len(copies) > 1:
+        raise LoRAError(f"adapters {copies} each bring their own modules_to_save: only one of them can be active.")
+    state.active = names
+    refresh(model)
+    return model
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
+    """Removes one adapter and its parameters; layers it alone adapted become the base layers again."""
+    state = state_of(model)
+    _require(state, adapter_name)
+    if len(state.configs) == 1:
+        raise LoRAError(f"{adapter_name!r} is the model's only adapter: lora.eject(model) takes it out.")
+    _refuse_merged(model, "delete_adapter")
+    if state.biases_trained == adapter_name:
+        use_trained_biases(model, False)
+        state.biases, state.biases_trained = {}, None
+    withdraw(model, adapter_name)
+    del state.configs[adapter_name]
+    state.active = tuple(n for n in state.active if n != adapter_name) or (next(iter(state.configs)),)
+    refresh(model)
+    return model
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is the base model: adapters, saved modules and trained biases step aside.
+
+    Merged adapters too: the original weights are put back for the time of the block. Nests.
+    """
+    state = state_of(model)
+    layers = [layer for _, layer in adapter_layers(model)]
+    saved = [module for _, module in saved_modules(model)]
+    parts: list[AdapterLayer | SavedModule] = [*layers, *saved]
+    before = [(part, part.enabled) for part in parts]
+    swapped = [layer for layer in layers if layer.merged is not None and layer.enabled]
+    trained = state.trained_biases_in_use
+    try:
+        for layer in swapped:
+            exchange_weights(layer)
+        for module, _ in before:
+            module.enabled = False
+        use_trained_biases(model, False)
+        yield model
+    finally:
+        for module, enabled in before:
+            module.enabled = enabled
+        for layer in swapped:
+            exchange_weights(layer)
+        use_trained_biases(model, trained)
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """The parameters that require grad, for an optimizer: `AdamW(lora.trainable_parameters(model))`.
+
+    Printing the result tells how many train out of how many; a quantised weight counts its elements, not its bytes.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    quantised = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    stored = {id(p): p.numel() for p in model.parameters()}
+    for module in quantised:
+        for parameter in module.parameters():
+            if parameter is not module.bias:
+                stored.pop(id(parameter), None)
+    return TrainableParameters(trainable, sum(stored.values()) + sum(m.in_features * m.out_features for m in quantised))
+
+
+def refresh(model: nn.Module) -> None:
+    """Brings every layer and every requires_grad flag in line with the state."""
+    state = state_of(model)
+    for _, layer in adapter_layers(model):
+        layer.active = state.active
+        for name in layer.adapter_names:
+            for parameter in layer.adapter_params(name).values():
+                parameter.requires_grad_(name in state.active)
+    for _, saved in saved_modules(model):
+        saved.active = state.active
+        for name, copy in saved.copies.items():
+            copy.requires_grad_(name in state.active)
+    use_trained_biases(model, state.biases_trained in state.active)
+
+
+def use_trained_biases(model: nn.Module, trained: bool) -> None:
+    """Exchanges the base's bias values with the trained ones (`bias="all"` or "lora_only"), or back."""
+    state = state_of(model)
+    for bias in state.biases.values():
+        bias.parameter.requires_grad_(trained)
+        if trained != state.trained_biases_in_use:
+            resting = bias.resting.to(bias.parameter.device, bias.parameter.dtype)
+            bias.resting, bias.parameter.data = bias.parameter.data, resting
+    state.trained_biases_in_use = trained and bool(state.biases)
+
+
+def exchange_weights(layer: AdapterLayer) -> None:
+    """Exchanges a merged layer's weights with the originals it keeps."""
+    if layer.merged is None:
+        raise TypeError("the layer is not merged")
+    for name, original in layer.merged.original.items():
+        current = layer.base_layer.get_parameter(name)
+        original.data = original.data.to(current.device)
+        setattr(layer.base_layer, name, original)
+        layer.merged.original[name] = current
+
+
+def restore_weights(model: nn.Module) -> None:
+    """Takes the original weights of every merged layer back."""
+    for _, layer in adapter_layers(model):
+        if layer.merged:
+            exchange_weights(layer)
+            layer.merged = None
+
+
+def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, each path of a shared one, stopping at adapted and saved modules."""
+    yield path, model
+    if not isinstance(model, (AdapterLayer, SavedModule)):
+        for name, child in model._modules.items():
+            if child is not None:
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Sets the module at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def unwrap(model: nn.Module, which: Callable[[AdapterLayer | SavedModule], bool]) -> None:
+    """Puts the base module back in place of each wrapper that `which` is true of."""
+    for path, module in list(walk(model)):
+        if isinstance(module, (AdapterLayer, SavedModule)) and which(module):
+            put(model, path, module.base_layer)
+
+
+def withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Takes one adapter's parameters out, and every wrapper that is left with none."""
+    for _, module in walk(model):
+        if isinstance(module, AdapterLayer):
+            module.remove_adapter(adapter_name)
+        elif isinstance(module, SavedModule) and adapter_name in module.copies:
+            del module.copies[adapter_name]
+    unwrap(model, lambda module: not module.adapter_names)
+    share_mask_seeds(model)
+
+
+def share_mask_seeds(model: nn.Module) -> None:
+    """Lets the projections of one x share a mask seed; the first adapted one of a group draws it."""
+    for _, parent in walk(model):
+        for group in SHARED_INPUTS:
+            members = [child for name in group if isinstance(child := getattr(parent, name, None), LoRALinear)]
+            for child in members:
+                child.mask_seed, child.leads_mask = members[0].mask_seed, child is members[0]
+        for name, stream in MASK_STREAMS.items():
+            if isinstance(child := getattr(parent, name, None), LoRALinear):
+                child.mask_stream = stream
+
+
+def checked_name(name: str) -> str:
+    """An adapter name that can be a key and a directory: letters, digits, "_" and "-"."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+        raise LoRAError(f"adapter_name is {name!r}, expected letters, digits, '_' and '-' only.")
+    if hasattr(nn.ParameterDict, name):
+        raise LoRAError(f"adapter_name is {name!r}, which torch's ParameterDict needs for itself: choose another.")
+    return name
+
+
+def _require(state: AdapterState, name: str) -> None:
+    if name not in state.configs:
+        raise LoRAError(
+            f"there is no adapter {name!r}.{did_you_mean(str(name), state.configs)} "
+            f"The model has: {', '.join(map(repr, state.configs))}."
+        )
+
+
+def _refuse_merged(model: nn.Module, verb: str) -> None:
+    merged = next(((path, layer) for path, layer in adapter_layers(model) if layer.merged), None)
+    if merged is not None and merged[1].merged is not None:
+        raise LoRAError(
+            f"{verb} needs unmerged weights, but {merged[0]} has {list(merged[1].merged.adapters)} merged: "
+            "call lora.unmerge(model) first."
+        )
+
+
+def _count(model: nn.Module, name: str) -> int:
+    """The parameters one adapter trains: its own, its saved modules' and its biases."""
+    parts = [p for _, layer in adapter_layers(model) for p in layer.adapter_params(name).values()]
+    parts += [p for _, saved in saved_modules(model) if name in saved.copies for p in saved.copies[name].parameters()]
+    state = state_of(model)
+    parts += [bias.parameter for bias in state.biases.values()] if state.biases_trained == name else []
+    return sum(p.numel() for p in parts)

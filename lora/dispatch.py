@@ -1,0 +1,186 @@
+"""Which backend runs a call: the only place that chooses.
+
+    reference   `lora.reference`: to be read
+    fast        `lora.fast`: fused; raises, with every reason, on what it cannot do
+    auto        fast where it can, else reference, said once and shown by `explain`
+
+`LORA_BACKEND` sets the default, "reference" if unset. The choice belongs to the process, not to a thread: a
+checkpoint recomputes on autograd's own threads, and must find the same backend there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from lora.errors import LoRAError, UnsupportedError, did_you_mean
+
+BACKENDS = ("reference", "fast", "auto")
+OPERATIONS = (
+    "lora_linear", "lora_embedding", "lora_qkv", "lora_mlp", "nf4_quantize", "nf4_dequantize", "rms_norm", "rope",
+    "linear_cross_entropy", "dropout_mask", "merge_weight", "multi_lora_linear", "checkpoint",
+)  # fmt: skip
+FAST_NOT_BUILT = (
+    "The fast backend is not built yet. Set LORA_BACKEND=reference, or LORA_BACKEND=auto to take the fast "
+    "implementation of each operation as it arrives."
+)
+
+_chosen: str | None = None
+
+
+def get_backend() -> str:
+    """The backend in force: what `use_backend` set, else LORA_BACKEND, else "reference"."""
+    if _chosen is not None:
+        return _chosen
+    return _checked(os.environ.get("LORA_BACKEND") or "reference", "LORA_BACKEND")
+
+
+class use_backend:  # noqa: N801 - reads as a verb: `use_backend("fast")`, `with use_backend("fast"):`
+    """Sets the backend for the process; as a context manager, until the end of the block.
+
+    Args:
+        name: "reference", "fast" or "auto".
+
+    Raises: LoRAError for another name; UnsupportedError where the fast backend cannot run at all.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        _checked(name, "use_backend")
+        if name == "fast":
+            _module("fast")
+        self.name, self._before = name, _chosen
+        _chosen = name
+
+    def __enter__(self) -> str:
+        return self.name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._before
+
+
+class Operations:
+    """The table of operations: `ops.lora_linear` is the chosen backend's `lora_linear`, looked up at each use."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in OPERATIONS:
+            raise AttributeError(
+                f"there is no operation {name!r}.{did_you_mean(name, OPERATIONS)} Operations: {', '.join(OPERATIONS)}."
+            )
+        implementation: Callable[..., Any] = getattr(backend(), name)
+        return implementation
+
+    def __dir__(self) -> list[str]:
+        return list(OPERATIONS)
+
+
+ops = Operations()
+
+
+def backend() -> ModuleType:
+    """The module that implements the backend in force."""
+    return _module("fast" if get_backend() == "fast" else "reference")
+
+
+def inject(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Module:
+    """Freezes `model` and puts trainable adapters beside the modules `config` names, in place.
+
+    Args:
+        model: any nn.Module with nn.Linear, nn.Embedding, transformers' Conv1D or NF4Linear in it.
+        config: a LoRAConfig.
+        adapter_name: letters, digits, "_" and "-".
+
+    Returns: the same model. Raises: LoRAError, before anything is changed, where the config does not fit the model.
+    """
+    return backend().inject(model, config, adapter_name)  # type: ignore[no-any-return]
+
+
+def add_adapter(model: nn.Module, config: Any, adapter_name: str) -> nn.Module:
+    """Adds one more adapter to an injected model, in place; `set_adapter` makes it the active one."""
+    return backend().add_adapter(model, config, adapter_name)  # type: ignore[no-any-return]
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """Takes every adapter out again: the very modules, parameters and requires_grad flags from before `inject`."""
+    return backend().eject(model)  # type: ignore[no-any-return]
+
+
+def merge(model: nn.Module, safe: bool = True, requantize: bool = False) -> dict[str, float]:
+    """Adds the active adapters' updates to the base weights: W' = W + scaling · B A; the originals are kept.
+
+    Args:
+        safe: check that each merged weight is finite, and change nothing if one is not.
+        requantize: allow NF4 weights, which are decoded, merged and quantised again (lossy).
+
+    Returns: for each module's path the relative Frobenius error of W' against W + the update.
+    """
+    return backend().merge(model, safe=safe, requantize=requantize)  # type: ignore[no-any-return]
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Puts the original weights back, bit for bit."""
+    return backend().unmerge(model)  # type: ignore[no-any-return]
+
+
+def merge_and_eject(model: nn.Module, safe: bool = True, requantize: bool = False) -> nn.Module:
+    """Merges the active adapters for good and takes the adapter layers out: a plain model, free at inference."""
+    return backend().merge_and_eject(model, safe=safe, requantize=requantize)  # type: ignore[no-any-return]
+
+
+def quantize(model: nn.Module, scheme: str = "nf4", double_quant: bool = True, **options: Any) -> nn.Module:
+    """Replaces frozen nn.Linear layers by NF4Linear, in place, before `inject`. See `lora.reference.nf4.quantize`."""
+    return backend().quantize(model, scheme, double_quant=double_quant, **options)  # type: ignore[no-any-return]
+
+
+def for_training(model: nn.Module, checkpointing: str = "none") -> nn.Module:
+    """Training mode: dropout on, KV cache off, merged adapters unmerged, activation checkpointing as named.
+
+    Args:
+        checkpointing: "none"; "recompute" (keep each block's input only); "selective" (also keep attention's
+            outputs); "offload" (block inputs wait in host memory).
+    """
+    return backend().for_training(model, checkpointing=checkpointing)  # type: ignore[no-any-return]
+
+
+def for_inference(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Inference mode: dropout and checkpointing off, KV cache on; `merge=True` merges the active adapters too."""
+    return backend().for_inference(model, merge=merge)  # type: ignore[no-any-return]
+
+
+def explain(model: nn.Module) -> str:
+    """A table: for each adapted module the implementation that runs it, and why not the other."""
+    from lora.layers import adapter_layers
+
+    name = get_backend()
+    reason = {"reference": "chosen", "auto": "fast: not built yet", "fast": FAST_NOT_BUILT}[name]
+    rows = [(path, type(layer).__name__, "reference", reason) for path, layer in adapter_layers(model)]
+    if not rows:
+        return "No adapters: call lora.inject(model, config) first."
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([f"backend: {name}", *lines])
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    if name == "fast":
+        raise UnsupportedError(FAST_NOT_BUILT)
+    return importlib.import_module(f"lora.{name}")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise LoRAError(
+            f"{source} names the backend {name!r}, expected one of {', '.join(map(repr, BACKENDS))}."
+            f"{did_you_mean(str(name), BACKENDS)}"
+        )
+    return name

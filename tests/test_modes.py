@@ -1,0 +1,114 @@
+"""for_training, for_inference and checkpointing through a transformers model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import IDS, assert_same, snapshot, stir, tiny_llama, toy
+
+import lora
+from lora import LoRAConfig, LoRAError
+from lora.reference.modes import CHECKPOINTING
+
+
+def adapted(**options):
+    model = lora.inject(tiny_llama(), LoRAConfig(r=4, **options))
+    stir(model)
+    return model
+
+
+def step(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(7)
+    model.zero_grad()
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("mode", [m for m in CHECKPOINTING if m != "none"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_is_bit_identical_to_none(mode, dropout):
+    model = adapted(lora_dropout=dropout)
+    plain_loss, plain = step(lora.for_training(model))
+    loss, gradients = step(lora.for_training(model, checkpointing=mode))
+    assert torch.equal(loss, plain_loss)
+    assert gradients.keys() == plain.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, plain[name]), name
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
+def test_checkpointing_saves_less(mode):
+    model = adapted()
+    sizes = {}
+    for name in ("none", mode):
+        saved = []
+        lora.for_training(model, checkpointing=name)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t.nbytes), t)[1], lambda t: t):
+            model(IDS, labels=IDS)
+        sizes[name] = sum(saved)
+    assert sizes[mode] < 0.5 * sizes["none"]
+
+
+def test_evaluating_between_forward_and_backward_does_not_disturb_the_recomputation():
+    model = lora.for_training(adapted(lora_dropout=0.5), checkpointing="recompute")
+    _, expected = step(model)
+    torch.manual_seed(7)
+    model.zero_grad()
+    loss = model(IDS, labels=IDS).loss
+    with torch.no_grad(), lora.disable_adapters(model):
+        model(IDS)
+    model(IDS)
+    loss.backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p.grad, expected[name]), name
+
+
+def test_switching_back_and_forth_changes_nothing_else():
+    model = adapted(lora_dropout=0.5)
+    model.config.use_cache = True
+    lora.for_training(model, checkpointing="offload")
+    before, config = snapshot(model), model.config.to_dict()
+    y = lora.for_inference(model)(IDS).logits
+    assert model.config.use_cache is True
+    for _ in range(2):
+        merged = lora.for_inference(model, merge=True)(IDS).logits
+        torch.testing.assert_close(merged, y, rtol=0, atol=1e-4 * float(y.abs().max()))
+        lora.for_training(model, checkpointing="offload")
+        assert model.training and model.config.use_cache is False
+    assert_same(model, before)
+    assert model.config.to_dict() == config
+    assert torch.equal(lora.for_inference(model)(IDS).logits, y)
+
+
+def test_inference_turns_checkpointing_off():
+    model = lora.for_training(adapted(), checkpointing="recompute")
+    blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    assert blocks and all(block.gradient_checkpointing for block in blocks)
+    lora.for_inference(model)
+    assert not any(block.gradient_checkpointing for block in blocks)
+    assert not any("_gradient_checkpointing_func" in vars(block) for block in blocks)
+
+
+def test_merged_inference_calls_no_adapter(monkeypatch):
+    model = lora.for_inference(adapted(), merge=True)
+    seen = []
+    operation = lora.reference.lora_linear
+    monkeypatch.setattr(lora.reference, "lora_linear", lambda x, p, **o: (seen.append(p.lora_A), operation(x, p, **o))[1])
+    model(IDS)
+    assert seen and all(lora_A is None for lora_A in seen)
+
+
+def test_unknown_checkpointing_is_named():
+    with pytest.raises(LoRAError, match=r"checkpointing is 'recomputed', expected one of 'none'.*Did you mean 'recompute'"):
+        lora.for_training(adapted(), checkpointing="recomputed")
+
+
+def test_a_model_without_blocks_cannot_checkpoint():
+    model = lora.inject(toy(), LoRAConfig(r=2))
+    with pytest.raises(LoRAError, match=r"Toy has no transformers GradientCheckpointingLayer.*checkpointing='none'"):
+        lora.for_training(model, checkpointing="recompute")
+    assert not model.training
+    assert lora.for_training(model).training
