@@ -15,7 +15,10 @@ from lora.errors import LoRAError, did_you_mean
 from lora.layers import AdapterLayer, LoRALinear, SavedModule, adapter_layers, saved_modules
 from lora.nf4_layer import NF4Linear
 
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"))  # one mask seed each
+SHARED_INPUTS = (  # one mask seed each
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # down_proj with a mask of its own: MASK_STREAMS
+)
 MASK_STREAMS = {"down_proj": 1}  # it reads another x than gate_proj and up_proj: another mask of the same seed
 
 

@@ -137,7 +137,7 @@ def merge_and_eject(model: nn.Module, safe: bool = True, requantize: bool = Fals
 
 
 def quantize(model: nn.Module, scheme: str = "nf4", double_quant: bool = True, **options: Any) -> nn.Module:
-    """Replaces frozen nn.Linear layers by NF4Linear, in place, before `inject`. See `lora.reference.nf4.quantize`."""
+    """Replaces frozen nn.Linear layers by NF4Linear, in place, before `inject`. See `lora.reference.quantize`."""
     return backend().quantize(model, scheme, double_quant=double_quant, **options)  # type: ignore[no-any-return]
 
 

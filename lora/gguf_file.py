@@ -48,15 +48,28 @@ class GGUFFile(NamedTuple):
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture"))
 
-    def key(self, name: str, default: Any = None, *, required: bool = False) -> Any:
-        """The value of `<architecture>.<name>`."""
-        full = f"{self.architecture}.{name}"
-        if required and full not in self.metadata:
-            raise LoRAError(
-                f"{self.path} has no {full!r} in its metadata, without which the model cannot be built. "
-                "Convert the model again with a current llama.cpp."
-            )
-        return self.metadata.get(full, default)
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the metadata."""
+        return self.metadata.get(key, default)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """The number at `<architecture>.<name>`, which must be there if there is no default."""
+        return number_in(self.metadata, f"{self.architecture}.{name}", default, self.path)
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """`number`, as an integer."""
+        return int(self.number(name, default))
+
+
+def number_in(metadata: dict[str, Any], key: str, default: float | None, path: Path) -> float:
+    """The finite number at `key`; raises LoRAError for anything else."""
+    value = metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise LoRAError(
+            f"{path}: its metadata has {key} = {value!r}, expected a number, without which the model cannot be built. "
+            "Convert the model again with a current llama.cpp."
+        )
+    return value
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -67,7 +80,10 @@ def read_gguf(path: Path) -> GGUFFile:
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise LoRAError(f"{path} is not a GGUF file: it does not start with the four letters GGUF.")
+            raise LoRAError(
+                f"{path} is not a GGUF file: it does not start with the letters GGUF. Give a .gguf file, or the "
+                "directory that holds config.json and the weights."
+            )
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(path, data)
     version, tensor_count, key_count = cursor.numbers("IQQ")
@@ -80,12 +96,10 @@ def read_gguf(path: Path) -> GGUFFile:
     for _ in range(key_count):
         key = cursor.string()
         metadata[key] = cursor.value(*cursor.numbers("I"))
-    if metadata.get("split.count", 1) > 1:
-        raise LoRAError(
-            f"{path} is one of {metadata['split.count']} parts. Join them first: llama-gguf-split --merge FIRST OUT."
-        )
+    if (parts := number_in(metadata, "split.count", 1, path)) > 1:
+        raise LoRAError(f"{path} is one of {parts} parts. Join them first: llama-gguf-split --merge FIRST OUT.")
     infos = [cursor.tensor_info() for _ in range(tensor_count)]
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = max(1, int(number_in(metadata, "general.alignment", 32, path)))
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {
         name: _place(path, len(data), name, shape, ggml_type, data_start + offset)

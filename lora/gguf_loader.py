@@ -95,9 +95,9 @@ def check_architecture(file: GGUFFile) -> None:
             "Load the model's original Hugging Face directory instead."
         )
     for name, meaning in {"expert_count": "mixture of experts", "attention.sliding_window": "sliding window"}.items():
-        if file.key(name, 0):
+        if value := file.number(name, 0):
             raise LoRAError(
-                f"{file.path}: {file.architecture}.{name} is {file.key(name)}, and GGUF loading does not support "
+                f"{file.path}: {file.architecture}.{name} is {value}, and GGUF loading does not support "
                 f"{meaning} models. Load the model's original Hugging Face directory instead."
             )
 
@@ -169,8 +169,8 @@ def permuted_heads(file: GGUFFile, name: str) -> int | None:
     found = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
     if found is None or not ARCHITECTURES[file.architecture].permuted:
         return None
-    heads = int(file.key("attention.head_count", required=True))
-    return heads if found[1] == "q" else int(file.key("attention.head_count_kv", heads))
+    heads = file.whole("attention.head_count")
+    return heads if found[1] == "q" else file.whole("attention.head_count_kv", heads)
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -188,22 +188,24 @@ def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def build_config(file: GGUFFile) -> Any:
     """The transformers config that the metadata describes."""
     architecture = ARCHITECTURES[file.architecture]
-    hidden, heads = (int(file.key(k, required=True)) for k in ("embedding_length", "attention.head_count"))
-    head_dim = int(file.key("attention.key_length", hidden // heads))
-    if (rotated := int(file.key("rope.dimension_count", head_dim))) != head_dim:
+    hidden, heads = file.whole("embedding_length"), max(1, file.whole("attention.head_count"))
+    head_dim = file.whole("attention.key_length", hidden // heads)
+    if (rotated := file.whole("rope.dimension_count", head_dim)) != head_dim:
         raise LoRAError(f"{file.path} rotates {rotated} of {head_dim} head dimensions, which is not supported.")
+    if "token_embd.weight" not in file.tensors:
+        raise LoRAError(f"{file.path} has no tensor 'token_embd.weight', so it holds no whole model.")
     fields: dict[str, Any] = {
         "architectures": [architecture.model_class],
         "dtype": "float32",
-        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
-        "intermediate_size": int(file.key("feed_forward_length", required=True)),
-        "num_hidden_layers": int(file.key("block_count", required=True)),
+        "intermediate_size": file.whole("feed_forward_length"),
+        "num_hidden_layers": file.whole("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(file.key("attention.head_count_kv", heads)),
+        "num_key_value_heads": file.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": int(file.key("context_length", required=True)),
-        "rms_norm_eps": _shortest(file.key("attention.layer_norm_rms_epsilon", required=True)),
+        "max_position_embeddings": file.whole("context_length"),
+        "rms_norm_eps": _shortest(file.number("attention.layer_norm_rms_epsilon")),
         "rope_parameters": rope_parameters(file, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -214,18 +216,17 @@ def build_config(file: GGUFFile) -> Any:
 
 def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
     """RoPE's base and scaling. Llama 3's scaling is no metadata in GGUF but a tensor of divisors, one a frequency."""
-    theta = _shortest(file.key("rope.freq_base", 10000.0))
-    kind = file.key("rope.scaling.type", "none")
+    theta = _shortest(file.number("rope.freq_base", 10000.0))
+    kind = file.get(f"{file.architecture}.rope.scaling.type", "none")
     if "rope_freqs.weight" in file.tensors:
         return llama3_rope(file, theta, head_dim)
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if kind not in ("linear", "yarn"):
         raise LoRAError(f"{file.path} has RoPE scaling {kind!r}; none, linear and yarn are supported.")
-    parameters = {"rope_type": kind, "rope_theta": theta, "factor": _shortest(file.key("rope.scaling.factor", 1.0))}
+    parameters = {"rope_type": kind, "rope_theta": theta, "factor": _shortest(file.number("rope.scaling.factor", 1.0))}
     if kind == "yarn":
-        original = file.key("rope.scaling.original_context_length", required=True)
-        parameters["original_max_position_embeddings"] = int(original)
+        parameters["original_max_position_embeddings"] = file.whole("rope.scaling.original_context_length")
     return parameters
 
 
@@ -278,9 +279,9 @@ PRE_TOKENIZERS = {
 
 def build_tokenizer(file: GGUFFile) -> Any:
     """The tokenizer that the metadata describes: byte-level BPE, or SentencePiece's BPE."""
-    kind = file.metadata.get("tokenizer.ggml.model")
+    kind = file.get("tokenizer.ggml.model")
     builders: dict[Any, Callable[[GGUFFile, list[str]], Any]] = {"gpt2": _byte_level, "llama": _sentencepiece}
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    tokens = file.get("tokenizer.ggml.tokens")
     if kind not in builders or not tokens:
         raise LoRAError(
             f"{file.path} has a tokenizer of type {kind!r} with {len(tokens or ())} tokens; "
@@ -293,14 +294,14 @@ def build_tokenizer(file: GGUFFile) -> Any:
 
 def _byte_level(file: GGUFFile, tokens: list[str]) -> Any:
     """GPT-2's byte-level BPE, with the cutting that `tokenizer.ggml.pre` names."""
-    stated = file.metadata.get("tokenizer.ggml.pre")
+    stated = file.get("tokenizer.ggml.pre")
     pre = PRE_TOKENIZERS.get(str(stated))
     if pre is None:
         raise LoRAError(
             f"{file.path} names the pre-tokenizer {stated!r}; {', '.join(PRE_TOKENIZERS)} are supported. "
             "With another one the model would see other tokens than it was trained on."
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in file.metadata.get("tokenizer.ggml.merges", ())]
+    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", ())]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
     whole, bytes_only = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=r) for r in (True, False))
@@ -320,15 +321,15 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Any:
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Any:
     """Llama 2's SentencePiece BPE: no merges in the file, but scores, of which the highest merges first."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    scores = dict(zip(tokens, file.metadata.get("tokenizer.ggml.scores", ()), strict=False))
-    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    scores = dict(zip(tokens, file.get("tokenizer.ggml.scores", ()), strict=False))
+    prefix = bool(file.get("tokenizer.ggml.add_space_prefix", True))
     merges = generate_merges(vocabulary, scores)
     return transformers.LlamaTokenizer(vocab=vocabulary, merges=merges, add_prefix_space=prefix).backend_tokenizer
 
 
 def _add_special(file: GGUFFile, tokens: list[str], backend: Any) -> None:
     """Control tokens (<|im_start|>) and user-defined ones (<think>) are matched whole; the first kind is special."""
-    kinds = file.metadata.get("tokenizer.ggml.token_type", ())
+    kinds = file.get("tokenizer.ggml.token_type", ())
     for token, kind in zip(tokens, kinds, strict=False):
         if kind == CONTROL:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
@@ -337,38 +338,38 @@ def _add_special(file: GGUFFile, tokens: list[str], backend: Any) -> None:
 
 
 def _wrap(file: GGUFFile, tokens: list[str], backend: Any) -> Any:
-    metadata = file.metadata
-    special = {}
-    for role, name in SPECIAL.items():
-        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        special[f"{role}_token"] = tokens[index] if index is not None and index < len(tokens) else None
     # Where the file is silent, llama.cpp starts with bos for SentencePiece and for Llama 3.
-    pre = PRE_TOKENIZERS.get(str(metadata.get("tokenizer.ggml.pre")))
-    starts = metadata["tokenizer.ggml.model"] == "llama" or pre == "llama-bpe"
+    pre = PRE_TOKENIZERS.get(str(file.get("tokenizer.ggml.pre")))
+    starts = file.get("tokenizer.ggml.model") == "llama" or pre == "llama-bpe"
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        add_bos_token=bool(metadata.get("tokenizer.ggml.add_bos_token", starts)),
-        add_eos_token=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        add_bos_token=bool(file.get("tokenizer.ggml.add_bos_token", starts)),
+        add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token", False)),
+        chat_template=file.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        model_max_length=int(file.key("context_length", required=True)),
-        **special,
+        model_max_length=file.whole("context_length"),
+        **{f"{role}_token": None if (i := special_id(file, role)) is None else tokens[i] for role in SPECIAL},
     )
 
 
 def build_generation_config(file: GGUFFile) -> Any:
     """Where generation starts, ends and pads."""
     ids: dict[str, Any] = special_ids(file)
-    turn_end = file.metadata.get("tokenizer.ggml.eot_token_id")  # some chat models end a turn with another token
-    if turn_end is not None and turn_end != ids["eos_token_id"]:
+    turn_end = special_id(file, "eot")  # some chat models end a turn with another token
+    if turn_end not in (None, ids["eos_token_id"]):
         ids["eos_token_id"] = [index for index in (ids["eos_token_id"], turn_end) if index is not None]
     return transformers.GenerationConfig(**ids)
 
 
 def special_ids(file: GGUFFile) -> dict[str, int | None]:
     """bos_token_id, eos_token_id and pad_token_id."""
-    names = {role: SPECIAL[role] for role in ("bos", "eos", "pad")}
-    return {f"{role}_token_id": file.metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in names.items()}
+    return {f"{role}_token_id": special_id(file, role) for role in ("bos", "eos", "pad")}
+
+
+def special_id(file: GGUFFile, role: str) -> int | None:
+    """The id of the token in this role; None where the file names none, or, as some do, one that is not there."""
+    index = file.get(f"tokenizer.ggml.{SPECIAL.get(role, role)}_token_id")
+    return index if index in range(len(file.get("tokenizer.ggml.tokens"))) else None
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------
@@ -389,7 +390,7 @@ def converted(path: Path) -> Iterator[Path]:
             warnings.warn(
                 f"the converted model cannot be cached in {root} ({error.strerror or error}), so every load converts "
                 "it again; set LORA_CACHE to a writable directory with room",
-                stacklevel=4,
+                stacklevel=5,
             )
             with tempfile.TemporaryDirectory(prefix="lora-gguf-") as directory:
                 convert(path, Path(directory))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -199,12 +199,14 @@ class LoRAEmbedding(AdapterLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         first, *others = self.updates()
-        h: Tensor = dispatch.ops.lora_embedding(ids, first.projection)
+        h: Tensor = self._look_up(ids, first.projection)
         for projection, _ in others:
-            adapted = dispatch.ops.lora_embedding(ids, projection)
-            h = h + (adapted - dispatch.ops.lora_embedding(ids, self.base_projection()))
+            h = h + (self._look_up(ids, projection) - self._look_up(ids, self.base_projection()))
         scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its embeddings by a constant
         return h if scale is None else h * torch.as_tensor(scale).to(h.dtype)
+
+    def _look_up(self, ids: Tensor, projection: Projection) -> Tensor:
+        return cast(Tensor, dispatch.ops.lora_embedding(ids, projection, padding_idx=self.padding_idx))
 
 
 class SavedModule(nn.Module):

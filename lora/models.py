@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lora.errors import LoRAError, did_you_mean
 
@@ -44,6 +45,7 @@ class Request(NamedTuple):
     device: torch.device | None
     hub: bool = False
     offline: bool = False
+    tokenizer_class: str = "AutoTokenizer"
 
 
 def load(
@@ -142,19 +144,12 @@ def _need(package: str, purpose: str) -> None:
 
 
 def _load_gguf(path: Path, request: Request) -> tuple[Any, Any]:
-    if path.suffix.lower() != ".gguf" and path.read_bytes()[:4] != b"GGUF":
-        raise LoRAError(
-            f"{path} is a file, but not a GGUF file. Give the directory that holds config.json and the weights, "
-            "or a .gguf file."
-        )
     _need("gguf", "reading a GGUF file")
     from lora.gguf_loader import converted
 
-    try:
-        with _quiet(progress=False), converted(path) as directory:
-            model, tokenizer = _load_directory(str(directory), request)
-    except OSError as error:
-        raise LoRAError(f"{path} cannot be read: {error.strerror or error}.") from error
+    with _quiet(progress=False), _translated(request, "GGUF file"), converted(path) as directory:
+        # Of our own making: AutoTokenizer would put another class in its place for some kinds of model.
+        model, tokenizer = _load_directory(str(directory), request._replace(tokenizer_class="PreTrainedTokenizerFast"))
     name = QUANTISED_NAME.sub("", path.stem)
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = name
     return model, tokenizer
@@ -223,7 +218,7 @@ def _check_weights(path: Path) -> None:
     elif pickles := sorted(file.name for file in path.glob("*.bin")):
         raise LoRAError(
             f"{path} has its weights only as pickle ({pickles[0]}), which can run code and is not loaded. "
-            "Convert them to safetensors: model.save_pretrained with a transformers you trust them to."
+            "Convert them to safetensors where you trust them: model.save_pretrained(directory)."
         )
     else:
         raise LoRAError(f"{path} has a config.json but no weights: expected model.safetensors or {index.name}.")
@@ -232,8 +227,6 @@ def _check_weights(path: Path) -> None:
 
 
 def _check_shard(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise LoRAError(f"{file} is missing, though the index names it. Download or copy the model again.")
     try:
@@ -264,7 +257,7 @@ def _load_directory(source: str, request: Request) -> tuple[Any, Any]:
         with _translated(request, "config"):
             config = transformers.AutoConfig.from_pretrained(source, **options)
         with _translated(request, "tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = getattr(transformers, request.tokenizer_class).from_pretrained(source, **options)
         nf4 = _nf4_config(config, request)
         with _translated(request, "model", nf4):
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -320,7 +313,7 @@ def _check_report(report: dict[str, Any], request: Request) -> None:
         warnings.warn(
             f"{request.name}: {len(unexpected)} weights have no place in the model and were not loaded "
             f"({', '.join(unexpected[:3])}, ...)",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -355,7 +348,7 @@ def _translated(request: Request, part: str, nf4: Any = None) -> Iterator[None]:
             f"{request.name} does not fit on {request.device} ({_first_line(error)}). "
             "Use quantization='nf4', a smaller dtype or another device."
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # transformers and its libraries raise nearly every kind on bad input
         if nf4 is not None and nf4.failure is not None:
             raise LoRAError(f"{request.name}: {nf4.failure}") from error
         raise LoRAError(_explanation(error, request, part)) from error
@@ -378,6 +371,10 @@ def _explanation(error: Exception, request: Request, part: str) -> str:
     text = _first_line(error)
     if part == "tokenizer":
         return f"{name} has no tokenizer that can be loaded ({text}). Save one there: tokenizer.save_pretrained(path)."
+    if "contains custom code" in text:
+        return (
+            f"{name} brings Python code of its own, which is not run. Load a model that transformers knows by itself."
+        )
     if "Unrecognized configuration class" in text:
         return f"{name} is not a causal language model: transformers has no AutoModelForCausalLM for its config."
     return f"{name}: its {part} cannot be loaded ({text})."
@@ -394,4 +391,4 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".: ") if lines else type(error).__name__

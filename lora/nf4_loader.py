@@ -10,6 +10,8 @@ This module imports transformers: import it where it is needed, not at the top o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,7 +43,16 @@ class NF4Config(QuantizationConfigMixin):
     def __init__(self, stored: bool, dtype: torch.dtype | None = None) -> None:
         self.quant_method: Any = METHOD
         self.stored, self.dtype = stored, dtype
-        self.failure: LoRAError | None = None  # transformers turns errors in here into a table: kept to be raised
+        self.failure: LoRAError | None = None
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Keeps the block's first error to be raised later: transformers makes a table of what an operation raises."""
+        try:
+            yield
+        except LoRAError as error:
+            self.failure = self.failure or error
+            raise
 
 
 @register_quantizer(METHOD)
@@ -111,12 +122,9 @@ class Quantise(ConversionOps):
             if name not in self.targets:
                 left[name] = weight
                 continue
-            try:
-                quantised = dispatch.ops.nf4_quantize(weight, name=name)
-            except LoRAError as error:
-                self.config.failure = self.config.failure or error
-                raise
-            _replace(name, quantised, context)
+            with self.config.noting():
+                _check_fits(context["model"], name, tuple(weight.shape))
+                _replace(name, dispatch.ops.nf4_quantize(weight, name=name), context)
         return left
 
 
@@ -139,15 +147,10 @@ class TakeStored(ConversionOps):
             expected = model.get_parameter_or_buffer(name)
             return {key: value.to(expected.dtype) for key, value in tensors.items()}
         prefix = name.removesuffix("weight")
-        try:
+        with self.config.noting():
             quantised = from_checkpoint({prefix + key: value for key, value in tensors.items()}, prefix)
-            _check_fits(model, name, quantised)
-        except LoRAError as error:
-            self.config.failure = self.config.failure or error
-            raise
-        if self.config.dtype is not None:
-            quantised = quantised._replace(dtype=self.config.dtype)
-        _replace(name, quantised, context)
+            _check_fits(model, name, quantised.shape)
+            _replace(name, quantised._replace(dtype=self.config.dtype or quantised.dtype), context)
         return {}
 
 
@@ -170,6 +173,32 @@ def target_weights(model: Any) -> set[str]:
     }
 
 
+def checkpoint_config(model: nn.Module) -> dict[str, Any]:
+    """What `config.quantization_config` must say beside a saved NF4 model, for bitsandbytes and for `lora.load`.
+
+    Set it, then `model.save_pretrained(directory)`: the state dict has bitsandbytes' keys already. bitsandbytes reads
+    blocks of 64 with double quantisation or without; all layers must agree, as `lora.quantize` makes them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    kinds = {(layer.block_size, layer.nested_absmax is not None, layer.dtype) for layer in layers}
+    if len(kinds) != 1:
+        raise LoRAError(
+            f"The model has NF4 layers of {len(kinds)} kinds (block size, double quantisation, dtype), and a config "
+            f"describes exactly one: {', '.join(sorted(map(str, kinds))) or 'none'}."
+        )
+    ((_, double, dtype),) = kinds
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": [path for path, module in model.named_modules() if type(module) is nn.Linear],
+    }
+
+
 def _replace(name: str, quantised: NF4Weight, context: dict[str, Any]) -> None:
     """Puts an NF4Linear where the nn.Linear of weight `name` is; a bias, loaded or still to be loaded, moves along.
 
@@ -188,14 +217,14 @@ def _replace(name: str, quantised: NF4Weight, context: dict[str, Any]) -> None:
         context["missing_keys"].discard(name)
 
 
-def _check_fits(model: Any, name: str, quantised: NF4Weight) -> None:
-    """Raises LoRAError unless the model has a linear layer of the stored weight's shape at `name`."""
+def _check_fits(model: Any, name: str, shape: tuple[int, ...]) -> None:
+    """Raises LoRAError unless the model has a linear layer of this weight shape at `name`."""
     layer = model.get_submodule(name.removesuffix(".weight"))
     expected = tuple(layer.weight.shape)
-    if not isinstance(layer, nn.Linear) or quantised.shape != expected:
+    if type(layer) is not nn.Linear or shape != expected:
         raise LoRAError(
-            f"{name} is stored in NF4 with shape {quantised.shape}, and the model has a {type(layer).__name__} of "
-            f"shape {expected} there: config.json belongs to another checkpoint."
+            f"{name} is {shape}, expected {expected} of a {type(layer).__name__}. The files are not of one checkpoint: "
+            "download or copy the model again."
         )
 
 

@@ -77,7 +77,8 @@ def linear_bounds(x: Tensor, projection: Projection, dy: Tensor) -> dict[str, Te
 
     Args: x [tokens, in], dy [tokens, out], and a projection with A and B, all of one dtype.
     """
-    u, u_acc = unit_roundoff(x.dtype), unit_roundoff(torch.promote_types(x.dtype, torch.float32))
+    dtype = x.dtype
+    u, u_acc = unit_roundoff(dtype), unit_roundoff(torch.promote_types(dtype, torch.float32))
     wide = in_float64(projection)
     weight, A, B, s = wide.weight, wide.lora_A, wide.lora_B, abs(wide.scaling)
     if not isinstance(weight, Tensor) or A is None or B is None:
@@ -86,17 +87,20 @@ def linear_bounds(x: Tensor, projection: Projection, dy: Tensor) -> dict[str, Te
     (tokens, fan_in), fan_out, rank = x.shape, weight.shape[0], A.shape[0]
 
     def bound(terms: int, sizes: Tensor, through_rank: Tensor, exact: Tensor) -> Tensor:
-        return SPREAD * u_acc * math.sqrt(max(terms, 1)) * sizes + 2 * u * through_rank + u * (exact.abs() + sizes)
+        sums = SPREAD * u_acc * math.sqrt(max(terms, 1)) * sizes
+        return sums + 2 * u * through_rank + u * (exact.abs() + sizes) + underflow
 
     ax, aW, aA, aB, ady = x.abs(), weight.abs(), A.abs(), B.abs(), dy.abs()
+    underflow = torch.finfo(dtype).smallest_normal * u  # half a subnormal: what rounding costs below the normal range
     xA, dyB = x @ A.T, dy @ B  # [tokens, r] each
+    axA, adyB = xA.abs() + underflow / u, dyB.abs() + underflow / u  # as stored
     bias = torch.zeros(fan_out, dtype=torch.float64) if wide.bias is None else wide.bias
     return {
-        "h": bound(fan_in + rank, ax @ aW.T + s * (ax @ aA.T) @ aB.T + bias.abs(), s * xA.abs() @ aB.T,
+        "h": bound(fan_in + rank, ax @ aW.T + s * (ax @ aA.T) @ aB.T + bias.abs(), s * axA @ aB.T,
                    x @ weight.T + bias + s * xA @ B.T),
-        "dx": bound(fan_out + rank, ady @ aW + s * (ady @ aB) @ aA, s * dyB.abs() @ aA, dy @ weight + s * dyB @ A),
-        "dlora_A": bound(tokens + fan_out, s * (ady @ aB).T @ ax, s * dyB.abs().T @ ax, s * dyB.T @ x),
-        "dlora_B": bound(tokens + fan_in, s * ady.T @ (ax @ aA.T), s * ady.T @ xA.abs(), s * dy.T @ xA),
+        "dx": bound(fan_out + rank, ady @ aW + s * (ady @ aB) @ aA, s * adyB @ aA, dy @ weight + s * dyB @ A),
+        "dlora_A": bound(tokens + fan_out, s * (ady @ aB).T @ ax, s * adyB.T @ ax, s * dyB.T @ x),
+        "dlora_B": bound(tokens + fan_in, s * ady.T @ (ax @ aA.T), s * ady.T @ axA, s * dy.T @ xA),
     }  # fmt: skip
 
 

@@ -147,6 +147,15 @@ def test_bfloat16_is_within_its_roundings() -> None:
     assert (error <= roundings(4) * lora_embedding(ids, doubled(absolute))).all()
 
 
+def test_adapters_in_float32_under_a_bfloat16_table() -> None:
+    narrow, ids = random_table(7, 4, 2, dora=True, dtype=torch.bfloat16), torch.randint(7, (3, 5))
+    mixed = with_trainable(narrow, [tensor.float() for tensor in trainable(narrow)])
+    h = lora_embedding(ids, mixed)
+    assert h.dtype == torch.bfloat16 and torch.equal(h, lora_embedding(ids, narrow))
+    gradients = lora_embedding_backward(normal(3, 5, 4).bfloat16(), ids, mixed)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients_of(mixed, gradients))
+
+
 def test_a_frequent_id_sums_its_gradient_in_float32() -> None:
     """512 equal terms: summed in bfloat16 they stop growing at 256, for 256 + 1 rounds back to 256."""
     table = Projection(

@@ -179,7 +179,8 @@ def test_adapters_in_float32_under_a_bfloat16_model() -> None:
     narrow = random_projection(5, 4, 2, bias=True, dora=True, dtype=torch.bfloat16)
     mixed = with_trainable(narrow, [tensor.float() for tensor in trainable(narrow)])
     x, dy = normal(6, 4, dtype=torch.bfloat16), normal(6, 5, dtype=torch.bfloat16)
-    assert torch.equal(lora_linear(x, mixed), lora_linear(x, narrow))
+    h = lora_linear(x, mixed)
+    assert h.dtype == torch.bfloat16 and torch.equal(h, lora_linear(x, narrow))
     gradients = lora_linear_backward(dy, x, mixed)
     assert gradients.dx.dtype == torch.bfloat16
     assert all(gradient.dtype == torch.float32 for gradient in gradients[1:])

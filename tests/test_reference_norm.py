@@ -144,16 +144,23 @@ def test_bfloat16_is_within_its_roundings(round_before_weight: bool) -> None:
 
     found = rms_norm_backward(dy, x, weight)
     truth = rms_norm_backward(dy.double(), x.double(), weight.double())
-    float32_sum = 105 * 2**-24  # 65 features or 40 rows, and a few operations on each
-    normed = rms_norm(x.double(), torch.ones(65).double())
-    size_dx = (dy.double() * weight.double()).abs() * 65**0.5 + truth.dx.abs()
-    size_dx = size_dx + normed.abs() * (dy.double() * weight.double() * normed).abs().mean(-1, keepdim=True)
-    rho = (normed / x.double()).abs().mean(-1, keepdim=True)
-    assert ((found.dx - truth.dx).abs() <= roundings(1) * truth.dx.abs() + float32_sum * rho * size_dx).all()
-    size_dweight = (dy.double() * normed).abs().sum(0)
-    assert (
-        (found.dweight - truth.dweight).abs() <= roundings(1) * truth.dweight.abs() + float32_sum * size_dweight
-    ).all()
+    float32_sum = 75 * 2**-24  # at most 65 terms, and fewer than ten operations on each
+    normed = rms_norm(x.double(), torch.ones(65, dtype=torch.float64))
+    e = (dy.double() * weight.double()).abs()
+    rho = x.double().square().mean(-1, keepdim=True).rsqrt()
+    size = rho * (e + normed.abs() * (e * normed.abs()).mean(-1, keepdim=True))  # dx with every term positive
+    assert ((found.dx - truth.dx).abs() <= roundings(1) * truth.dx.abs() + float32_sum * size).all()
+    size = (dy.double() * normed).abs().sum(0)
+    assert ((found.dweight - truth.dweight).abs() <= roundings(1) * truth.dweight.abs() + float32_sum * size).all()
+
+
+def test_layer_norm_in_bfloat16_rounds_once() -> None:
+    x, weight, bias, dy = (normal(*shape).bfloat16() for shape in ((40, 65), (65,), (65,), (40, 65)))
+    y, y64 = layer_norm(x, weight, bias), layer_norm(x.double(), weight.double(), bias.double())
+    float32_sum = 75 * 2**-24 * (layer_norm(x.double(), weight.double()).abs() + bias.double().abs())
+    assert y.dtype == torch.bfloat16
+    assert ((y - y64).abs() <= roundings(1) * y64.abs() + float32_sum).all()
+    assert all(gradient.dtype == torch.bfloat16 for gradient in layer_norm_backward(dy, x, weight, bias))
 
 
 def test_a_float32_weight_beside_bfloat16_rows() -> None:

@@ -156,7 +156,7 @@ def test_layout_does_not_matter() -> None:
         ((4, 8), r"\[4, 8\] for q of \[2, 3, 5, 8\], expected \[5, rot\] or \[2, 5, rot\]"),
         ((3, 5, 8), "expected"),
         ((2, 4, 8), "expected"),
-        ((1, 1, 5, 8), "expected"),
+        ((1, 1, 5, 8), r"are \[1, 1, 5, 8\]"),
         ((5, 10), "10 wide for heads of 8, expected an even width of at most 8"),
         ((5, 3), "3 wide"),
     ],

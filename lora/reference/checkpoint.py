@@ -48,7 +48,7 @@ ATTENTION = frozenset(
 
 
 def checkpoint(
-    function: Callable[..., Any], *args: Any, offload: bool = False, selective: bool = False, **kwargs: Any
+    function: Callable[..., Any], /, *args: Any, offload: bool = False, selective: bool = False, **kwargs: Any
 ) -> Any:
     """function(*args, **kwargs), keeping only its arguments until the backward runs it again.
 
@@ -67,7 +67,7 @@ def checkpoint(
     Raises: LoRAError in the backward when the second run does not save the same tensors as the first, or when a
         parameter or a saved tensor was changed in place in between.
     FLOPs: one more forward (less attention with `selective`). Saved for backward: the tensor arguments, 5 kB of
-        generator state, with `selective` attention's outputs; twice that while the block's backward runs.
+        generator state, with `selective` attention's outputs; all the function saves while its backward runs.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
@@ -169,7 +169,8 @@ class Run:
                 f"{first.device} in the first run, {list(second.shape)} {second.dtype} on {second.device} in the "
                 f"second. {SAME}"
             )
-        if first.parameter_version != second.parameter_version:
+        versions = (first.parameter_version, second.parameter_version)
+        if None not in versions and versions[0] != versions[1]:
             raise LoRAError(
                 f"Checkpoint: a parameter ({list(x.shape)} as used) was changed in place between the forward and the "
                 f"backward. Step the optimizer after the last backward through a graph."
@@ -204,28 +205,27 @@ class Inputs:
     """The arguments of a checkpointed call, its tensors in autograd's keeping.
 
     A tensor held here directly would escape a surrounding checkpoint's hooks and stay in memory. Saved by a node that
-    autograd never runs, it is packed by them, and a change in place is noticed.
+    autograd never runs, it is packed by them, and a change in place is noticed. Parameters stay in memory anyway.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool) -> None:
         self.leaves, self.structure = tree_flatten((args, kwargs))
         positional = len(tree_flatten(args)[0])
-        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        tensors: list[Tensor] = [self.leaves[i] for i in self.places]
-        self.requires_grad = [x.requires_grad for x in tensors]
-        self.homes = [x.device for x in tensors]
-        self.devices = set(self.homes)
-        kept = [x.detach() for x in tensors]
-        for n, place in enumerate(self.places):
-            if offload and place < positional and not isinstance(tensors[n], nn.Parameter):
-                kept[n] = kept[n].to("cpu")
-            self.leaves[place] = None
-        self.node: Any = Keep.apply(torch.empty(0, requires_grad=True), *kept).grad_fn  # type: ignore[no-untyped-call]
+        self.devices = {leaf.device for leaf in self.leaves if isinstance(leaf, Tensor)}
+        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and not is_parameter(leaf)]
+        self.requires_grad = [self.leaves[i].requires_grad for i in self.places]
+        self.homes = [self.leaves[i].device for i in self.places]
+        kept = []
+        for place in self.places:
+            x, self.leaves[place] = self.leaves[place].detach(), None
+            kept.append(x.to("cpu") if offload and place < positional else x)
+        anchor = torch.empty(0, requires_grad=True)
+        self.keeper: Any = Keep.apply(anchor, *kept)  # type: ignore[no-untyped-call]
 
     def restore(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as they were, on their devices, cut from the graph."""
         leaves = list(self.leaves)
-        kept = zip(self.places, self.node.saved_tensors, self.homes, self.requires_grad, strict=True)
+        kept = zip(self.places, self.keeper.grad_fn.saved_tensors, self.homes, self.requires_grad, strict=True)
         for place, x, home, requires_grad in kept:
             leaves[place] = x.to(home).detach().requires_grad_(requires_grad)
         args, kwargs = tree_unflatten(leaves, self.structure)
@@ -233,7 +233,7 @@ class Inputs:
 
 
 class Keep(torch.autograd.Function):
-    """Saves tensors and computes nothing. Its backward never runs."""
+    """Saves tensors for as long as its output, an empty tensor, lives. Its backward never runs."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
@@ -286,10 +286,15 @@ def copied(tree: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.detach().clone(), tree)
 
 
+def is_parameter(x: Tensor) -> bool:
+    """A module's own tensor, trainable or frozen."""
+    return isinstance(x, nn.Parameter)
+
+
 def describe(x: Tensor) -> Saved:
     """What to know a saved tensor by."""
     root = x if x._base is None else x._base  # a linear layer saves a transposed view of its weight
-    return Saved(x.shape, x.dtype, x.device, root._version if isinstance(root, nn.Parameter) else None)
+    return Saved(x.shape, x.dtype, x.device, root._version if is_parameter(root) else None)
 
 
 def generator_states(devices: set[torch.device]) -> dict[torch.device, Tensor]:

@@ -9,6 +9,7 @@ Nothing is changed until the whole config is known to fit the model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ def match(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], d
     pool = {
         path: module
         for path, module in modules.items()
-        if path not in saved and not matches(config.exclude_modules, path)
+        if not any(f"{path}.".startswith(f"{outer}.") for outer in saved) and not matches(config.exclude_modules, path)
     }
     targets = _linear_layers(model, pool) if config.target_modules == "all-linear" else _named(config, pool, modules)
     if not targets:
@@ -170,7 +171,7 @@ def why_not(module: nn.Module) -> str | None:
 
 def _linear_layers(model: nn.Module, pool: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """What "all-linear" means: every linear layer but the output head."""
-    heads = [_output_head(model), *(getattr(model, name, None) for name in HEADS)]
+    heads = output_heads(model)
     bypassed = {f"{path}.out_proj" for path, module in pool.items() if isinstance(module, nn.MultiheadAttention)}
     targets = {}
     for path, module in pool.items():
@@ -295,6 +296,8 @@ def _remember_biases(model: nn.Module, config: LoRAConfig, targets: dict[str, nn
     for path, module in walk(model):
         base = module.base_layer if isinstance(module, (AdapterLayer, SavedModule)) else module
         bias = base._parameters.get("bias")
+        if any(bias is known.parameter for known in biases.values()):
+            continue  # shared by two paths
         if bias is not None and not isinstance(module, SavedModule) and (config.bias == "all" or path in targets):
             biases[f"{path}.bias"] = Bias(bias, bias.detach().clone())
     if not biases:
@@ -307,10 +310,11 @@ def _wrapper(module: nn.Module) -> AdapterLayer:
     return LoRAEmbedding(module) if isinstance(module, nn.Embedding) else LoRALinear(module)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """The output head of a transformers model; None for any other module."""
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """What "all-linear" and `quantize` leave alone: a language model's output head, a classifier's head."""
+    heads = [getattr(model, name, None) for name in HEADS]
     getter = getattr(model, "get_output_embeddings", None)
-    try:
-        return getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):  # how transformers says that a model has none
-        return None
+    if callable(getter):
+        with contextlib.suppress(NotImplementedError, AttributeError):  # how transformers says that a model has none
+            heads.append(getter())
+    return [head for head in heads if isinstance(head, nn.Module)]

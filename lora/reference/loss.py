@@ -110,7 +110,7 @@ def linear_cross_entropy_backward(
     logits = lora_linear(hidden, head, dropout=dropout)  # [..., vocab]
     z = capped_logits(flat(logits), softcap, logit_scale)  # [tokens, vocab]
     vocab = z.shape[-1]
-    t = F.one_hot(targets.labels, vocab) * (1 - label_smoothing) + label_smoothing / vocab
+    t = F.one_hot(targets.labels, vocab).to(z.dtype) * (1 - label_smoothing) + label_smoothing / vocab
     dz = (torch.softmax(z, dim=-1) - t).masked_fill(~targets.counted[:, None], 0)
     dz = dz * (dloss.reshape(-1, 1) * targets.weight)
     if softcap is not None:

@@ -96,6 +96,7 @@ def merge_layer(layer: AdapterLayer, path: str, safe: bool = True) -> float:
             block_size=old.block_size,
             double_quant=old.nested_absmax is not None,
             nested_block_size=old.nested_block_size,
+            name=path,
         )
         stored = dense_weight(new, exact.dtype)
         replacement = dict(NF4Linear.from_quantised(new, None).named_parameters())

@@ -65,7 +65,7 @@ def for_inference(model: nn.Module, merge: bool = False) -> nn.Module:
     return model.eval()
 
 
-def set_checkpointing(model: nn.Module, mode: str) -> None:
+def set_checkpointing(model: nn.Module, mode: str, run: Callable[..., Any] = checkpoint) -> None:
     """Hands every checkpointable block of `model` the function it runs through, or takes it away ("none")."""
     blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not blocks and mode != "none":
@@ -73,7 +73,7 @@ def set_checkpointing(model: nn.Module, mode: str) -> None:
             f"checkpointing={mode!r} needs a model whose blocks can be checkpointed, but {type(model).__name__} has no "
             "transformers GradientCheckpointingLayer: use checkpointing='none', or call lora.ops.checkpoint yourself."
         )
-    function: Callable[..., Any] = functools.partial(checkpoint, **CHECKPOINTING[mode])
+    function: Callable[..., Any] = functools.partial(run, **CHECKPOINTING[mode])
     for block in blocks:
         block.gradient_checkpointing = mode != "none"  # type: ignore[assignment]
         if mode != "none":

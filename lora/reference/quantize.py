@@ -11,7 +11,8 @@ from lora.config import matches
 from lora.errors import LoRAError, did_you_mean
 from lora.nf4_format import check_block_size
 from lora.nf4_layer import NF4Linear
-from lora.reference.inject import HEADS, _output_head
+from lora.layers import AdapterLayer
+from lora.reference.inject import output_heads
 from lora.reference.nf4 import check_quantisable
 
 SCHEMES = ("nf4",)
@@ -67,7 +68,7 @@ def _targets(model: nn.Module, exclude_modules: str | Sequence[str] | None) -> d
         if type(module) is nn.Linear:
             linears.setdefault(module, []).append(path)
     _check_exclusion(exclude_modules, [path for paths in linears.values() for path in paths])
-    heads = [_output_head(model), *(getattr(model, name, None) for name in HEADS)]
+    heads = output_heads(model)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     targets = {
         linear: paths
@@ -81,7 +82,7 @@ def _targets(model: nn.Module, exclude_modules: str | Sequence[str] | None) -> d
     if not targets:
         done = sum(isinstance(module, NF4Linear) for module in model.modules())
         raise LoRAError(
-            f"quantize found nothing to replace in this {type(model).__name__}: {done} layers are NF4 already, and each "
+            f"quantize found nothing to replace in this {type(model).__name__}: {done} layers are NF4 already; each "
             f"of its {len(linears)} nn.Linear is the output head, tied, excluded, patched or the model itself. "
             "NF4Linear.from_linear quantises a single layer."
         )
@@ -100,10 +101,7 @@ def _check_exclusion(exclude_modules: str | Sequence[str] | None, paths: list[st
 
 def _refuse_adapters(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if type(module).__name__ in (
-            "LoRALinear",
-            "LoRAEmbedding",
-        ):  # by name: layers.py is not needed for anything else
+        if isinstance(module, AdapterLayer):
             raise LoRAError(
                 f"quantize comes before inject, but {path} carries an adapter: call lora.eject(model) first, then "
                 "lora.quantize, then lora.inject."

@@ -73,7 +73,7 @@ def partners(x: Tensor, interleaved: bool) -> Tensor:
 
 def per_token(table: Tensor, position_ids: Tensor | None, q: Tensor) -> Tensor:
     """cos or sin as [batch or 1, 1, seq, rot], checked against q."""
-    batch, seq, head_dim = q.shape[0], q.shape[-2], q.shape[-1]
+    batch, seq, head_dim, found = q.shape[0], q.shape[-2], q.shape[-1], list(table.shape)
     if position_ids is not None:
         table = look_up(table, position_ids)
     elif table.dim() == 2:
@@ -81,7 +81,7 @@ def per_token(table: Tensor, position_ids: Tensor | None, q: Tensor) -> Tensor:
     rot = table.shape[-1]
     if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[1] != seq:
         raise LoRAError(
-            f"cos and sin give {list(table.shape)} for q of {list(q.shape)}, expected [{seq}, rot] or [{batch}, {seq}, "
+            f"cos and sin are {found} for q of {list(q.shape)}, expected [{seq}, rot] or [{batch}, {seq}, "
             f"rot]: slice the table to these positions, or pass position_ids to look them up."
         )
     if rot > head_dim or rot % 2:

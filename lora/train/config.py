@@ -84,10 +84,12 @@ class TrainConfig:
         "init_lora_weights", "true, gaussian, orthogonal, pissa, pissa_niter_N, olora or loftq"
     )
     bias: str = adapter_option("bias", "which biases train", choices=("none", "all", "lora_only"))
-    rank_pattern: dict[str, int] = adapter_option("rank_pattern", "ranks of their own: q_proj=16,v_proj=4")
-    alpha_pattern: dict[str, float] = adapter_option("alpha_pattern", "alphas of their own: q_proj=32")
+    rank_pattern: dict[str, int] = adapter_option("rank_pattern", "ranks of their own: q_proj=16,v_proj=4")  # noqa: RUF009
+    alpha_pattern: dict[str, float] = adapter_option("alpha_pattern", "alphas of their own: q_proj=32")  # noqa: RUF009
     exclude_modules: str | tuple[str, ...] | None = adapter_option("exclude_modules", "modules left out")
-    layers_to_transform: int | tuple[int, ...] | None = adapter_option("layers_to_transform", "only these layers: 0,1,2")
+    layers_to_transform: int | tuple[int, ...] | None = adapter_option(
+        "layers_to_transform", "only these layers: 0,1,2"
+    )
     layers_pattern: str | tuple[str, ...] | None = adapter_option(
         "layers_pattern", "the list those layers are counted in"
     )
@@ -102,7 +104,9 @@ class TrainConfig:
     max_steps: int | None = option(None, "optimisation", "optimizer steps, instead of --epochs")
     batch_size: int = option(8, "optimisation", "examples in one forward pass")
     grad_accumulation: int = option(1, "optimisation", "forward passes in one optimizer step")
-    checkpointing: str = option("none", "optimisation", "compute activations again to save memory", choices=CHECKPOINTING)
+    checkpointing: str = option(
+        "none", "optimisation", "compute activations again to save memory", choices=CHECKPOINTING
+    )
     seed: int = option(0, "optimisation", "of the adapter's start, the order of the data, dropout and the split")
 
     output: str = option("out/train", "run", "directory for everything that is written", fixed=False)
@@ -136,10 +140,19 @@ class TrainConfig:
                     f"{did_you_mean(str(value), choices)}"
                 )
         if self.resume and self.overwrite:
-            raise LoRAError("resume and overwrite are both set: going on from a run and replacing it exclude each other.")
+            raise LoRAError(
+                "resume and overwrite are both set: going on from a run and replacing it exclude each other."
+            )
 
     def _check_numbers(self) -> None:
-        at_least_one = ("max_length", "batch_size", "grad_accumulation", "log_every", "keep_checkpoints", "sample_tokens")
+        at_least_one = (
+            "max_length",
+            "batch_size",
+            "grad_accumulation",
+            "log_every",
+            "keep_checkpoints",
+            "sample_tokens",
+        )
         for name in at_least_one:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("eval_every", "save_every", "samples", "seed"):
@@ -197,7 +210,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise LoRAError(f"the config {path} {'is a directory' if path.is_dir() else 'does not exist'}: give a YAML file.")
+        raise LoRAError(
+            f"the config {path} {'is a directory' if path.is_dir() else 'does not exist'}: give a YAML file."
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

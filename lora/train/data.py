@@ -102,6 +102,7 @@ def read_source(name: str, split: str, field: str) -> Source:
 
 
 def read_file(path: Path, split: str, field: str) -> Source:
+    """The rows of one file, by its suffix."""
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
         text = _decoded(path)
@@ -217,7 +218,9 @@ def check_rows(source: Source) -> None:
         forms.add(form)
         if len(forms) > 1:
             first, second = sorted(forms)
-            raise LoRAError(f"{place} has {_listed(form)}, but other rows differ ({first} and {second}): keep one form.")
+            raise LoRAError(
+                f"{place} has {_listed(form)}, but other rows differ ({first} and {second}): keep one form."
+            )
 
 
 def _check_columns(names: Iterable[str], place: str) -> tuple[str, ...]:
@@ -293,8 +296,8 @@ def split_rows(rows: list[Row], fraction: float, seed: int, name: str) -> tuple[
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         raise LoRAError(
-            f"{name} has {len(rows)} example{'s' * (len(rows) > 1)}, of which eval_fraction={fraction:g} would hold out "
-            f"{count} and leave none to train on: give more data, --eval-data, or --eval-fraction 0."
+            f"{name} has {len(rows)} example{'s' * (len(rows) > 1)}, of which eval_fraction={fraction:g} would hold "
+            f"out {count} and leave none to train on: give more data, --eval-data, or --eval-fraction 0."
         )
     held = set(random.Random(seed).sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]

@@ -70,7 +70,7 @@ class NextTokenLoss:
         loss = functools.partial(_piece, head=head, divisor=divisor)
         if len(rows) <= at_once:
             return loss(rows, targets)
-        pieces = zip(rows.split(at_once), targets.split(at_once), strict=True)
+        pieces = zip(torch.split(rows, at_once), torch.split(targets, at_once), strict=True)
         losses = [dispatch.ops.checkpoint(loss, *piece) for piece in pieces]
         return torch.stack(losses).sum()
 

@@ -7,8 +7,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
-PACKAGES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl")
+PACKAGES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl")
 OFF = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when the packages are imported
 
 
@@ -18,8 +20,8 @@ def quiet() -> Iterator[None]:
     for name, value in OFF.items():
         os.environ.setdefault(name, value)
     import datasets
-    from transformers.utils import logging as transformers_logging
 
+    transformers_logging: Any = import_module("transformers.utils.logging")
     loggers = [logging.getLogger(name) for name in PACKAGES]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()

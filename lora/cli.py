@@ -1,0 +1,401 @@
+"""The command line: lora train | generate | merge | quantize | explain.
+
+Each command imports what it needs when it runs, so that `lora --help` answers at once. A user's error is one line on
+stderr and exit code 2; --debug shows where it came from. Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lora.errors import LoRAError, did_you_mean
+from lora.train.config import BACKENDS, GROUPS, HINTS, TrainConfig, from_sources, parse_flag
+
+COMMANDS = {
+    "train": "fine-tune a model on your data",
+    "generate": "let a model, with or without an adapter, answer prompts",
+    "merge": "write a model with an adapter merged into its weights",
+    "quantize": "write a model with its weights in 4 bits (NF4)",
+    "explain": "show what is adapted, which implementation runs it, and what memory it takes",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+EXAMPLES = """\
+examples:
+  lora train --model smollm2-135m-instruct --data my.jsonl --output out/my
+  lora generate --model smollm2-135m-instruct --adapter out/my/adapter "What is LoRA?"
+  lora merge --model smollm2-135m-instruct --adapter out/my/adapter --output out/merged
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors in the house's form, and a hint for a misspelt flag."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        hint = did_you_mean(unknown.split("=")[0], self._option_string_actions) if unknown else ""
+        raise LoRAError(f"{message}.{hint} `{self.prog} --help` lists what there is.")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wide columns, and the default after each option that has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(120, _terminal_width()))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = getattr(action, "shown_default", None)
+        return text if shown is None else f"{text} [{shown}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        options = parser().parse_args([word for word in words if word != "--debug"])
+        options.command(options)
+    except SystemExit as error:  # argparse's --help and --version
+        return int(error.code or 0)
+    except KeyboardInterrupt as error:
+        print(f"lora: {error or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `lora generate | head`: nobody is left to read
+        sys.stdout = None
+        return 0
+    except (LoRAError, OSError) as error:
+        if debug:
+            raise
+        print(f"lora: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> Parser:
+    """Every command with its options."""
+    top = Parser(
+        prog="lora",
+        formatter_class=Formatter,
+        description="LoRA and QLoRA fine-tuning, written twice: to be read, and to be fast.",
+        epilog=EXAMPLES,
+    )
+    top.add_argument("--version", action=Version, nargs=0, help="print the versions in use")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.set_defaults(command=lambda _: top.print_help())
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    adders: dict[str, Callable[[Parser], None]] = {
+        "train": add_train,
+        "generate": add_generate,
+        "merge": add_merge,
+        "quantize": add_quantize,
+        "explain": add_explain,
+    }
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=text, description=_capitalised(text), formatter_class=Formatter, allow_abbrev=False
+        )
+        adders[name](command)
+    return top
+
+
+class Version(argparse.Action):
+    """--version: ours, and those of the packages that decide what happens."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        import lora
+
+        print(f"lora {lora.__version__}")
+        for package in ("torch", "triton", "transformers", "trl", "peft"):
+            try:
+                print(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                print(f"{package} is not installed")
+        parser.exit()
+
+
+# ---- train -----------------------------------------------------------------------------------------------------
+
+
+def add_train(command: Parser) -> None:
+    """One option for each field of TrainConfig, in its groups."""
+    command.usage = "lora train --model MODEL --data DATA [--config FILE.yaml] [options]"
+    command.epilog = textwrap.dedent(
+        """\
+        what --data takes:
+          .jsonl with {"prompt": ..., "completion": ...}, {"messages": [{"role": ..., "content": ...}, ...]} or
+          {"text": ...} on each line; .json, .parquet or .csv with the same columns; .txt; a directory of those or one
+          that datasets saved; or a hub id
+
+        Every option is a key of the YAML file too, with _ for -. Options on the command line win.
+        """
+    )
+    command.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    groups = {name: command.add_argument_group(name, text) for name, text in GROUPS.items()}
+    for f in dataclasses.fields(TrainConfig):
+        _add_field(groups[f.metadata["group"]], f)
+    command.set_defaults(command=train)
+
+
+def _add_field(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> None:
+    """One option for one field; it is absent from the result unless it is given."""
+    flag = "--" + f.name.replace("_", "-")
+    common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
+    if HINTS[f.name] is bool:
+        action = group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f.metadata["help"], **common)
+    else:
+        choices = f.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else _metavar(f.name)
+        action = group.add_argument(flag, metavar=metavar, help=f.metadata["help"], **common)
+        if f.name == "sample_prompts":
+            action.nargs = "+"
+    default = f.default if f.default is not dataclasses.MISSING else None
+    words = ("no", "yes") if HINTS[f.name] is bool else ("false", "true")
+    shown = words[default] if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else default
+    action.shown_default = shown if shown not in ("", ()) else None  # type: ignore[attr-defined]
+
+
+def _metavar(name: str) -> str:
+    hint = HINTS[name]
+    plain = {int: "N", float: "X", str: name.rsplit("_", 1)[-1].upper()}
+    return plain.get(hint, "NAMES" if "modules" in name or "pattern" in name else "VALUE")
+
+
+def train(options: argparse.Namespace) -> None:
+    """lora train: the config of the YAML file with the flags on top, run."""
+    given = {name: value for name, value in vars(options).items() if name in HINTS}
+    flags = {name: parse_flag(name, value) if isinstance(value, str) else value for name, value in given.items()}
+    config = from_sources(options.config, flags)
+    config = config.replace(backend=chosen_backend(config.backend))
+    from lora.train.job import run
+
+    run(config)
+
+
+def chosen_backend(named: str | None) -> str:
+    """--backend, else LORA_BACKEND, else auto; checked here, before anything is loaded."""
+    name, source = (named, "--backend") if named else (os.environ.get("LORA_BACKEND") or "auto", "LORA_BACKEND")
+    if name not in BACKENDS:
+        raise LoRAError(
+            f"{source} is {name!r}, expected one of {', '.join(map(repr, BACKENDS))}.{did_you_mean(name, BACKENDS)}"
+        )
+    return name
+
+
+# ---- generate --------------------------------------------------------------------------------------------------
+
+
+def add_generate(command: Parser) -> None:
+    """The options of lora generate."""
+    add_model(command, adapter="optional")
+    command.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to answer; without one: --file, or stdin")
+    command.add_argument("--file", metavar="FILE", help="a prompt on each line")
+    command.add_argument("--system", metavar="TEXT", help="system message before each prompt")
+    _number(command, "--max-new-tokens", "N", 256, "longest answer, in tokens", int)
+    _number(command, "--temperature", "X", 0.0, "0: the likeliest token each time; above 0: drawn", float)
+    _number(command, "--seed", "N", 0, "of what is drawn", int)
+    command.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write prompts as the chat template does",
+    )
+    command.set_defaults(command=generate)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """lora generate: one answer as it grows, or several in a batch."""
+    if options.max_new_tokens < 1:
+        raise LoRAError(f"--max-new-tokens is {options.max_new_tokens}, expected an integer >= 1.")
+    if not 0 <= options.temperature <= 100:
+        raise LoRAError(f"--temperature is {options.temperature}, expected a number in [0, 100].")
+    prompts = read_prompts(options)
+    from lora.train.sampling import answer
+
+    with _set_up(options):
+        model, tokenizer = load_with_adapter(options)
+        import torch
+
+        torch.manual_seed(options.seed)
+        if options.system is not None:
+            turns = [{"role": "system", "content": options.system}]
+            prompts = [[*turns, {"role": "user", "content": prompt}] for prompt in prompts]
+        settings = {
+            "max_new_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "chat": options.chat_template,
+        }
+        if len(prompts) == 1:  # word by word
+            answer(model, tokenizer, prompts, on_text=lambda text: print(text, end="", flush=True), **settings)
+            print()
+            return
+        for prompt, text in zip(prompts, answer(model, tokenizer, prompts, **settings), strict=True):
+            print(f"> {prompt if isinstance(prompt, str) else prompt[-1]['content']}\n{text}\n")
+
+
+def read_prompts(options: argparse.Namespace) -> list[Any]:
+    """From the arguments, a file, or standard input."""
+    if options.prompts and options.file:
+        raise LoRAError("prompts are given both as arguments and with --file: choose one.")
+    if options.prompts:
+        prompts = options.prompts
+    elif options.file:
+        try:
+            prompts = [line for line in Path(options.file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise LoRAError(f"{options.file} is not UTF-8 text: give a text file with a prompt on each line.") from None
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise LoRAError('no prompt: lora generate --model MODEL "your prompt", or --file, or a pipe to standard input.')
+    else:
+        prompts = [sys.stdin.read().strip()]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise LoRAError("a prompt is empty: give some text.")
+    return list(prompts)
+
+
+# ---- merge, quantize, explain ----------------------------------------------------------------------------------
+
+
+def add_merge(command: Parser) -> None:
+    """The options of lora merge."""
+    add_model(command, adapter="required")
+    _add_output(command)
+    command.add_argument("--dtype", choices=DTYPES, help="of the merged weights [the base's if 16 bits, else bfloat16]")
+    command.set_defaults(command=merge)
+
+
+def merge(options: argparse.Namespace) -> None:
+    """lora merge: see `lora.directories.merge_directory`."""
+    from lora.directories import merge_directory
+
+    with _set_up(options):
+        report = merge_directory(
+            options.model, options.adapter, options.output, dtype=options.dtype, overwrite=options.overwrite
+        )
+    print(report)
+
+
+def add_quantize(command: Parser) -> None:
+    """The options of lora quantize."""
+    add_model(command)
+    _add_output(command)
+    command.add_argument(
+        "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="4.127 bits a weight, not 4.5"
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="that the weights are decoded to [bfloat16]")
+    command.set_defaults(command=quantize)
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """lora quantize: see `lora.directories.quantize_directory`."""
+    from lora.directories import quantize_directory
+
+    with _set_up(options):
+        report = quantize_directory(
+            options.model,
+            options.output,
+            dtype=options.dtype,
+            double_quant=options.double_quant,
+            overwrite=options.overwrite,
+        )
+    print(report)
+
+
+def add_explain(command: Parser) -> None:
+    """The options of lora explain."""
+    add_model(command, adapter="optional")
+    command.add_argument("--quantization", choices=("nf4",), help="quantise the model while loading it")
+    command.set_defaults(command=explain)
+
+
+def explain(options: argparse.Namespace) -> None:
+    """lora explain: which implementation runs each adapted module, and the memory by category."""
+    from lora import dispatch
+    from lora.directories import memory_table
+
+    with _set_up(options):
+        model, _ = load_with_adapter(options)
+        if options.adapter:
+            print(dispatch.explain(model), end="\n\n")
+        print(memory_table(model))
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------
+
+
+def add_model(command: Parser, adapter: str | None = None) -> None:
+    """--model, --adapter where there is one, and --backend."""
+    command.add_argument(
+        "--model", required=True, metavar="MODEL", help="hub id, directory, GGUF file, or a packaged model's name"
+    )
+    if adapter:
+        needed = adapter == "required"
+        command.add_argument("--adapter", required=needed, metavar="DIR", help="adapter directory, ours or PEFT's")
+    if adapter != "required":
+        command.add_argument("--backend", metavar="{" + ",".join(BACKENDS) + "}", help="which implementation runs")
+    command.set_defaults(quantization=None, backend=None)
+
+
+def _add_output(command: Parser) -> None:
+    command.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    command.add_argument("--overwrite", action="store_true", help="replace the directory if it is there")
+
+
+def _number(command: Parser, flag: str, metavar: str, default: Any, text: str, kind: type) -> None:
+    action = command.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
+    action.shown_default = default  # type: ignore[attr-defined]
+
+
+def load_with_adapter(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, on the GPU if there is one, with its adapter, ready to generate."""
+    import torch
+
+    import lora
+
+    device = "cuda:0" if torch.cuda.is_available() else None
+    model, tokenizer = lora.load(options.model, quantization=options.quantization, device=device)
+    if options.adapter:
+        lora.load_adapter(model, options.adapter)
+        lora.for_inference(model)
+    return model, tokenizer
+
+
+def _set_up(options: argparse.Namespace) -> Any:
+    """The backend, and silence from other packages, for the time of a command."""
+    from contextlib import ExitStack
+
+    from lora.dispatch import use_backend
+    from lora.train.quiet import quiet
+
+    stack = ExitStack()
+    stack.enter_context(use_backend(chosen_backend(options.backend)))
+    stack.enter_context(quiet())
+    return stack
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Dropout from counted bits, fused where it is used: the masks of `lora.reference.dropout`, never stored.
+
+    keep[i] = lane(splitmix64(key, i div 4), i mod 4) >= round(65536 p)        i counts [tokens, features] row-major
+    y = x ⊙ keep / (1 - p)                                                     key = mix(seed, stream)
+
+Moved: `dropout_forward` one number read and one written an element, `dropout_add` two read and one written,
+`dropout_mask` one byte written. There is no reuse, so a tile is part of a row, with 32 elements a thread: enough 128-bit
+loads in flight, and the hash of four elements (some 40 instructions) made once for the four. A tensor without gaps is
+one long row. Rows whose length is no multiple of four begin in the middle of a word; there each element makes its own.
+
+Other kernels import `keep_mask` and `keep_lanes`, and pass `launch_key(seed, stream)` and `threshold(p)`: both are
+run-time arguments, so neither a new seed nor a new p compiles anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora.fast.kernels.activation import as_rows, output_rows, wide_type
+from lora.fast.kernels.compile_check import POINTER, KernelSpec
+from lora.reference import dropout as counted
+from lora.reference.dropout import LANES, key_of, threshold
+
+GAMMA, MIX_1, MIX_2 = tl.constexpr(counted.GAMMA), tl.constexpr(counted.MIX_1), tl.constexpr(counted.MIX_2)
+LEVELS = tl.constexpr(counted.LEVELS)
+TILE = 4096  # elements a program: 4 warps, 32 a thread
+PER_WARP = 1024  # elements
+
+
+def dropout_forward(x: Tensor, p: float, seed: int, stream: int = 0, out: Tensor | None = None) -> Tensor:
+    """y = x ⊙ keep / (1 - p): the numbers of `lora.reference.dropout.apply_dropout`, -0 and NaN included.
+
+    Args:
+        x: [..., features]; rows may be strided. Positions count its elements row-major, whatever its strides.
+        p: in [0, 1); with 0 this is a copy.
+        seed, stream: as in `lora.reference.dropout.dropout_mask`.
+        out: [..., features], where to write y; rows may be strided. It may be x itself.
+
+    Returns: `out`, or a new tensor of x's dtype (float32, float16, bfloat16 or float64).
+    Raises: LoRAError for p outside [0, 1), or an `out` that cannot be written in place.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    drop = threshold(p)
+    if not y.numel():
+        return y
+    x_rows, y_rows, how = in_rows(x, y, "out")
+    with torch.cuda.device_of(x):
+        dropout_forward_kernel[how.grid](
+            x_rows, y_rows, how.features, how.strides[0], how.strides[1], how.row_tiles, launch_key(seed, stream), drop,
+            WIDE=wide_type(x), BY_WORD=how.by_word, TILE=how.tile, num_warps=how.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
+
+
+def dropout_add(dx: Tensor, y: Tensor, p: float, seed: int, stream: int = 0) -> Tensor:
+    """dx += y ⊙ keep / (1 - p), in place and rounded once.
+
+    Args:
+        dx: [..., features], the caller's own buffer; rows may be strided.
+        y: of dx's shape; rows may be strided.
+        p, seed, stream: as they were given to `dropout_forward`.
+
+    Returns: dx.
+    Raises: LoRAError for p outside [0, 1), or a dx that cannot be written in place.
+    """
+    drop = threshold(p)
+    if not dx.numel():
+        return dx
+    y_rows, dx_rows, how = in_rows(y, dx, "dx")
+    with torch.cuda.device_of(dx):
+        dropout_add_kernel[how.grid](
+            dx_rows, y_rows, how.features, how.strides[1], how.strides[0], how.row_tiles, launch_key(seed, stream), drop,
+            WIDE=wide_type(dx, y), BY_WORD=how.by_word, TILE=how.tile, num_warps=how.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return dx
+
+
+def dropout_mask(shape: Sequence[int], p: float, seed: int, stream: int, device: torch.device | str) -> Tensor:
+    """True where an element is kept, bool of `shape`: the bits of `lora.reference.dropout.dropout_mask`.
+
+    Raises: LoRAError for p outside [0, 1).
+    """
+    drop = threshold(p)
+    keep = torch.empty(tuple(shape), dtype=torch.bool, device=device)
+    count = keep.numel()
+    if not count:
+        return keep
+    with torch.cuda.device_of(keep):
+        dropout_mask_kernel[(triton.cdiv(count, TILE),)](
+            keep.view(torch.uint8), count, launch_key(seed, stream), drop, TILE=TILE, num_warps=TILE // PER_WARP
+        )
+    return keep
+
+
+class Tiling(NamedTuple):
+    """How two tensors of one shape are walked through together."""
+
+    grid: tuple[int]
+    features: int  # elements of a row
+    strides: tuple[int, int]  # from row to row: of the source, of the destination
+    row_tiles: int  # programs a row
+    by_word: bool  # whether every row begins with a whole word of the mask
+    tile: int
+    num_warps: int
+
+
+def in_rows(source: Tensor, out: Tensor, name: str) -> tuple[Tensor, Tensor, Tiling]:
+    """Both as rows, or as one row each where neither has gaps, and how to walk through them.
+
+    Raises: LoRAError where `out`, called `name`, cannot be written in place.
+    """
+    if source.shape == out.shape and source.is_contiguous() and out.is_contiguous():
+        source_rows, out_rows, strides = source.view(1, -1), out.view(1, -1), (0, 0)
+    else:
+        source_rows, out_rows = as_rows(source), output_rows(out, source.shape, name)
+        strides = (source_rows.stride(0), out_rows.stride(0))
+    rows, features = out_rows.shape
+    tile = tile_size(features)
+    row_tiles = triton.cdiv(features, tile)
+    by_word = rows == 1 or features % LANES == 0
+    how = Tiling((rows * row_tiles,), features, strides, row_tiles, by_word, tile, max(1, tile // PER_WARP))
+    return source_rows, out_rows, how
+
+
+def tile_size(features: int) -> int:
+    """TILE elements, or as short as a row, but at least 8 for each thread of one warp."""
+    return min(TILE, max(256, triton.next_power_of_2(features)))
+
+
+def launch_key(seed: int, stream: int = 0) -> int:
+    """The mask's 64-bit key as the signed number that a kernel takes."""
+    key = key_of(seed, stream)
+    return key - 2**64 if key >= 2**63 else key
+
+
+@triton.jit
+def splitmix64(key, o_word):
+    """The o_word-th output of SplitMix64(key), uint64 (arithmetic modulo 2⁶⁴)."""
+    word = key.to(tl.uint64) + o_word.to(tl.uint64) * GAMMA
+    word = (word ^ (word >> 30)) * MIX_1
+    word = (word ^ (word >> 27)) * MIX_2
+    return word ^ (word >> 31)
+
+
+@triton.jit
+def keep_mask(key, position, drop):
+    """Whether the elements at `position` (int64, row-major) are kept; a hash for each of them."""
+    word = splitmix64(key, position >> 2)
+    lane = (word >> ((position & 3) * 16).to(tl.uint64)).to(tl.int32) & 0xFFFF
+    return lane >= drop
+
+
+@triton.jit
+def keep_lanes(key, o_word, drop):
+    """[..., words] -> [..., 4 words]: whether four neighbours are kept, for each word; a hash for four.
+
+    `o_word` is position // 4 of elements that begin at a multiple of four, in 64 bits.
+    """
+    word = splitmix64(key, o_word)
+    low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
+    even = tl.interleave(low & 0xFFFF, high & 0xFFFF)  # lanes 0, 2
+    odd = tl.interleave(low >> 16, high >> 16)  # lanes 1, 3
+    return tl.interleave(even, odd).to(tl.int32) >= drop
+
+
+@triton.jit
+def keep_scale(drop, WIDE: tl.constexpr):
+    """1 / (1 - p) for the p that the lanes really drop with, correctly rounded."""
+    if WIDE == tl.float64:
+        return LEVELS / (LEVELS - drop).to(tl.float64)
+    return tl.div_rn(1.0 * LEVELS, (LEVELS - drop).to(tl.float32))  # `/` would not round as the reference does
+
+
+@triton.jit
+def kept_share(row, first, features, key, drop, WIDE: tl.constexpr, BY_WORD: tl.constexpr, TILE: tl.constexpr):
+    """keep / (1 - p) of TILE neighbours, from element `first` of a row on."""
+    position = row * features + first  # int64
+    if BY_WORD:
+        m_keep = keep_lanes(key, (position >> 2) + tl.arange(0, TILE // 4), drop)
+    else:
+        m_keep = keep_mask(key, position + tl.arange(0, TILE), drop)
+    return tl.where(m_keep, keep_scale(drop, WIDE), 0.0)
+
+
+@triton.jit
+def tile_of(features, row_tiles, TILE: tl.constexpr):
+    """This program's row and first element, in 64 bits, its offsets and their mask."""
+    row = (tl.program_id(0) // row_tiles).to(tl.int64)
+    first = (tl.program_id(0) % row_tiles).to(tl.int64) * TILE
+    o_tile = tl.arange(0, TILE)
+    return row, first, o_tile, o_tile < features - first
+
+
+@triton.jit(do_not_specialize=["key", "drop"])
+def dropout_forward_kernel(
+    x_ptr, y_ptr, features, stride_x, stride_y, row_tiles, key: tl.int64, drop: tl.int32,
+    WIDE: tl.constexpr, BY_WORD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE elements of one row of y."""
+    row, first, o_tile, m_tile = tile_of(features, row_tiles, TILE)
+    b_x = tl.load(x_ptr + row * stride_x + first + o_tile, mask=m_tile, other=0).to(WIDE)
+    b_y = b_x * kept_share(row, first, features, key, drop, WIDE, BY_WORD, TILE)
+    tl.store(y_ptr + row * stride_y + first + o_tile, b_y.to(y_ptr.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=["key", "drop"])
+def dropout_add_kernel(
+    dx_ptr, y_ptr, features, stride_dx, stride_y, row_tiles, key: tl.int64, drop: tl.int32,
+    WIDE: tl.constexpr, BY_WORD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE elements of one row of dx."""
+    row, first, o_tile, m_tile = tile_of(features, row_tiles, TILE)
+    p_dx = dx_ptr + row * stride_dx + first + o_tile
+    b_y = tl.load(y_ptr + row * stride_y + first + o_tile, mask=m_tile, other=0).to(WIDE)
+    b_dx = tl.load(p_dx, mask=m_tile, other=0).to(WIDE)
+    b_dx += b_y * kept_share(row, first, features, key, drop, WIDE, BY_WORD, TILE)
+    tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=["key", "drop"])
+def dropout_mask_kernel(keep_ptr, count, key: tl.int64, drop: tl.int32, TILE: tl.constexpr):
+    """One program: TILE elements of the mask, flattened."""
+    row, first, o_tile, m_tile = tile_of(count, tl.num_programs(0), TILE)
+    m_keep = keep_lanes(key, (first >> 2) + tl.arange(0, TILE // 4), drop)
+    tl.store(keep_ptr + first + o_tile, m_keep.to(tl.uint8), mask=m_tile)
+
+
+def compile_specs() -> list[KernelSpec]:
+    """The configurations of Llama-3.1-8B: x of 8192 tokens of 4096 features without gaps, and as a slice of wider rows."""
+    tokens, features = 8192, 4096
+    specs = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for by_word in (True, False) if dtype == torch.bfloat16 else (True,):
+            for kernel, tensors, moved in (
+                (dropout_forward_kernel, ("x", "y"), 2),
+                (dropout_add_kernel, ("dx", "y"), 3),
+            ):
+                specs.append(_spec(kernel, tensors, dtype, by_word, moved * tokens * features * dtype.itemsize))
+    signature = {"keep_ptr": "*u8", "count": "i32", "key": "i64", "drop": "i32"}
+    specs.append(
+        KernelSpec(
+            "dropout_mask", dropout_mask_kernel, signature, {"TILE": TILE}, TILE // PER_WARP,
+            divisible=("keep_ptr", "count"), bytes_moved=tokens * features, bytes_minimum=tokens * features,
+            shape=f"tokens {tokens}, features {features}",
+        )
+    )  # fmt: skip
+    return specs
+
+
+def _spec(kernel: Any, tensors: tuple[str, str], dtype: torch.dtype, by_word: bool, moved: int) -> KernelSpec:
+    signature = {f"{name}_ptr": POINTER[dtype] for name in tensors}
+    signature |= {"features": "i32"} | {f"stride_{name}": "i32" for name in tensors}
+    divisible = tuple(signature)
+    tile = tile_size(4096)
+    kind = str(dtype).removeprefix("torch.") + ("" if by_word else ", odd rows")
+    return KernelSpec(
+        name=f"{kernel.fn.__name__.removesuffix('_kernel')} {kind}",
+        fn=kernel,
+        signature=signature | {"row_tiles": "i32", "key": "i64", "drop": "i32"},
+        constexprs={"WIDE": tl.float32, "BY_WORD": by_word, "TILE": tile},
+        num_warps=tile // PER_WARP,
+        divisible=divisible,
+        bytes_moved=moved,
+        bytes_minimum=moved,
+        shape="tokens 8192, features 4096",
+    )

@@ -1,0 +1,123 @@
+"""The gated MLP as one autograd function: equations and signature as in `lora.reference.mlp`.
+
+Between gate/up and down only g and z are kept: the hidden h = act(g) ⊙ z is made again in the backward, in the pass
+over memory that computes dg and dz anyway. dg and dz are written side by side, so that they go back through gate and
+up in one product where the weights lie together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.fast.linear import TENSORS, Kept, as_rows, backward_group, forward_group, packed, unpacked
+from lora.fast.runtime import runs_triton
+from lora.projection import Dropout, Projection
+from lora.reference.mlp import check_activation, hidden_dropout
+
+
+def lora_mlp(
+    x: Tensor, gate: Projection, up: Projection, down: Projection, *, activation: str, dropout: Dropout | None = None
+) -> Tensor:
+    """y = down(act(gate(x)) ⊙ up(x)); arguments, result and errors as in `lora.reference.mlp.lora_mlp`.
+
+    FLOPs: those of three `lora_linear`. Saved for backward: x, g, z and s·D(·)Aᵀ of each, tokens·(in + 2·hidden + Σ r)
+    numbers.
+    """
+    check_activation(activation)
+    static, tensors = unpacked([gate, up, down])
+    return LoRAMLP.apply(x, static, activation, dropout, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class LoRAMLP(torch.autograd.Function):
+    """Forward and backward of the MLP; tensors 0 to 9 belong to gate and up, 10 to 14 to down."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, static: Any, activation: str, dropout: Dropout | None, *tensors: Tensor | None
+    ) -> Tensor:
+        parts = packed(static, tensors)
+        rows = as_rows(x)
+        wants_m = [ctx.needs_input_grad[4 + TENSORS * i + 4] for i in range(3)]
+        (g, z), above = forward_group(rows, parts[:2], dropout, wants_m[:2])
+        h = gated_forward(g, z, activation)  # [tokens, hidden]
+        (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:])
+        small = (above.su, *above.gains, *above.norms, *above.adapted)
+        small += (below.su, *below.gains, *below.norms, *below.adapted)
+        ctx.save_for_backward(rows, g, z, *tensors, *small)
+        ctx.static, ctx.activation, ctx.dropout, ctx.shape = static, activation, dropout, x.shape
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        rows, g, z, *saved = ctx.saved_tensors
+        parts = packed(ctx.static, saved[: 3 * TENSORS])
+        small = saved[3 * TENSORS :]
+        above = Kept(small[0], tuple(small[1:3]), tuple(small[3:5]), tuple(small[5:7]))
+        below = Kept(small[7], (small[8],), (small[9],), (small[10],))
+        needs = [ctx.needs_input_grad[4 + TENSORS * i : 4 + TENSORS * (i + 1)] for i in range(3)]
+        needs_above = ctx.needs_input_grad[0] or any(any(need) for need in needs[:2])
+
+        needs_h = needs[2][0] or needs[2][2]  # only a down projection that trains reads h again
+        h = gated_forward(g, z, ctx.activation) if needs_h else None
+        dh, of_down = backward_group(
+            [as_rows(dy)], h, parts[2:], below, hidden_dropout(ctx.dropout), needs_above, needs[2:]
+        )
+        dx, of_above = None, [(None,) * TENSORS] * 2
+        if dh is not None:
+            dg, dz = gated_backward(dh, g, z, ctx.activation)
+            dx, of_above = backward_group(
+                [dg, dz], rows, parts[:2], above, ctx.dropout, ctx.needs_input_grad[0], needs[:2]
+            )
+        gradients = itertools.chain.from_iterable([*of_above, *of_down])
+        return None if dx is None else dx.view(ctx.shape), None, None, None, *gradients
+
+
+def gated_forward(g: Tensor, z: Tensor, activation: str) -> Tensor:
+    """h = act(g) ⊙ z, [tokens, hidden]."""
+    if runs_triton(g):
+        from lora.fast.kernels import activation as kernels
+
+        return kernels.gated_forward(g, z, activation)
+    if activation == "silu":
+        return F.silu(g).mul_(z)
+    return F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(z)
+
+
+def gated_backward(dh: Tensor, g: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dg = dh ⊙ z ⊙ act'(g) and dz = dh ⊙ act(g): the two halves of one buffer [tokens, 2·hidden]."""
+    both = dh.new_empty(len(dh), 2 * dh.shape[1])
+    dg, dz = both.chunk(2, dim=1)
+    if runs_triton(g):
+        from lora.fast.kernels import activation as kernels
+
+        kernels.gated_backward(dh, g, z, activation, dg=dg, dz=dz)
+        return dg, dz
+    wide = torch.promote_types(g.dtype, torch.float32)
+    g_wide = g.to(wide)
+    act, slope = activation_and_slope(g_wide, activation)
+    torch.mul(dh, act.to(dh.dtype), out=dz)
+    dg.copy_(slope.mul_(z).mul_(dh))
+    return dg, dz
+
+
+def activation_and_slope(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """act(g) and act'(g), elementwise, as new tensors."""
+    if activation == "silu":
+        sigma = torch.sigmoid(g)
+        act = g * sigma
+        return act, torch.addcmul(sigma, act, 1 - sigma)  # σ + g σ (1 - σ)
+    if activation == "gelu":
+        cdf = torch.erf(g * math.sqrt(0.5)).add_(1).mul_(0.5)
+        density = torch.exp(-0.5 * g * g).div_(math.sqrt(2 * math.pi))
+        return g * cdf, torch.addcmul(cdf, g, density)
+    root = math.sqrt(2 / math.pi)
+    square = g * g
+    t = torch.tanh(root * g * (1 + 0.044715 * square))
+    slope = 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * root * (1 + 3 * 0.044715 * square)
+    return 0.5 * g * (1 + t), slope

@@ -1,0 +1,87 @@
+"""NF4 for the fast backend: decoded straight into the operand of a matrix product, in a reused workspace.
+
+The formats and the bits are those of `lora.reference.nf4`. Decoding costs 0.5 bytes read and 2 or 4 written a
+parameter, so what counts is to do it once a layer and pass, and not to allocate for it.
+
+A workspace belongs to one device, dtype and stream: two layers on one stream run one after the other, so the second
+may overwrite what the first has used. Nothing that autograd keeps may point into it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+from lora.errors import LoRAError
+from lora.fast.runtime import runs_triton
+from lora.nf4_format import NF4_CODES
+from lora.projection import NF4Weight
+from lora.reference.nf4 import nf4_absmax
+from lora.reference.nf4 import nf4_quantize as reference_quantize
+
+_workspaces: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+
+def nf4_quantize(
+    weight: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    nested_block_size: int = 256,
+    name: str = "weight",
+) -> NF4Weight:
+    """The quantised weight; arguments, result and errors as in `lora.reference.nf4.nf4_quantize`."""
+    return reference_quantize(
+        weight, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size, name=name
+    )
+
+
+def nf4_dequantize(quantised: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """w' = c_q · absmax, a new tensor; arguments, result and bits as in `lora.reference.nf4.nf4_dequantize`."""
+    dtype = dtype or quantised.dtype
+    if not dtype.is_floating_point:
+        raise LoRAError(f"an NF4 weight was to be decoded to {dtype}, expected a floating dtype such as torch.float32.")
+    out = torch.empty(quantised.shape, dtype=dtype, device=quantised.codes.device)
+    decode_into(quantised, out)
+    return out
+
+
+def decode_into(quantised: NF4Weight, out: Tensor) -> None:
+    """Writes w' into `out`, [out, in], whose rows may be part of wider ones."""
+    if runs_triton(out):
+        from lora.fast.kernels import nf4 as kernels
+
+        kernels.nf4_dequantize_into(quantised, out)
+        return
+    table = pair_table(str(out.device))  # [256, 2]: both halves of a byte in one look-up
+    pairs = table.index_select(0, quantised.codes.int())  # [bytes, 2]
+    count, block = math.prod(quantised.shape), quantised.block_size
+    values, absmax = pairs.view(-1), nf4_absmax(quantised)
+    whole = count // block * block
+    values[:whole].view(-1, block).mul_(absmax[: whole // block, None])
+    if whole < count:
+        values[whole:count].mul_(absmax[-1])
+    out.copy_(values[:count].view(quantised.shape))
+
+
+def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`count` numbers of scratch memory, the same ones for every call on this device and stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
+    key = (device, dtype, stream)
+    if key not in _workspaces or _workspaces[key].numel() < count:
+        _workspaces[key] = torch.empty(count, dtype=dtype, device=device)
+    return _workspaces[key][:count]
+
+
+def release_workspaces() -> None:
+    """Gives the scratch memory back; the next product takes new."""
+    _workspaces.clear()
+
+
+def pair_table(device: str) -> Tensor:
+    """The two values that each byte holds, float32 [256, 2]."""
+    byte = torch.arange(256, device=device)
+    return torch.stack([NF4_CODES.to(device)[byte >> 4], NF4_CODES.to(device)[byte & 15]], dim=1)

@@ -1,0 +1,312 @@
+"""What `fuse` changes in a model: one module instance at a time, with a handle that undoes it.
+
+    attention   q, k and v are computed together when the first of them is called; RoPE is one function for q and k
+    MLP         gate, up, activation and down are one function
+    norms       RMSNorm is one function
+    loss        with labels, in training, the logits are never formed
+
+Known families are told by the class names of their modules. Anything else keeps its own forward, and its adapted
+layers are still fused one by one. Everything goes through `lora.ops`, so a fused model also runs on the reference.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora import dispatch
+from lora.fast.linear import rows_of_one
+from lora.layers import AdapterLayer, LoRALinear, Update
+from lora.nf4_layer import NF4Linear
+from lora.projection import Dropout, Projection
+from lora.reference.mlp import hidden_dropout
+
+LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Olmo2", "Gemma2", "Gemma3")
+MLPS = {f"{family}MLP" for family in LLAMA_LIKE}
+ATTENTIONS = {f"{family}Attention" for family in (*LLAMA_LIKE, "Phi3")}
+CAUSAL_LMS = {f"{family}ForCausalLM" for family in (*LLAMA_LIKE, "Phi3")}
+NORMS: dict[str, dict[str, Any]] = {  # class name -> how it differs from the plain RMSNorm
+    **{f"{family}RMSNorm": {} for family in (*LLAMA_LIKE, "Phi3")},
+    **{f"{family}RMSNorm": {"offset": 1.0, "round_before_weight": False} for family in ("Gemma2", "Gemma3")},
+    "Olmo2RMSNorm": {"round_before_weight": False},
+}
+ACTIVATIONS = {  # class of the model's activation -> the name our MLP knows it by
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+
+
+@dataclass
+class Fusion:
+    """What was patched, and how to undo it."""
+
+    forwards: list[nn.Module] = field(default_factory=list)  # modules with a forward of ours
+    stacked: list[list[nn.Parameter]] = field(default_factory=list)  # weights laid one after another
+    notes: dict[str, str] = field(default_factory=dict)  # module path -> what was done, or why not
+
+    def undo(self) -> None:
+        """Takes every patch back; weights get memory of their own again, bit for bit the same."""
+        for module in self.forwards:
+            for name in ("forward", "shared_input", "fused_options"):
+                vars(module).pop(name, None)
+        for group in self.stacked:
+            for weight in group:
+                weight.data = weight.data.clone()
+        self.forwards, self.stacked, self.notes = [], [], {}
+
+
+def patch_model(model: nn.Module) -> Fusion:
+    """Patches every module of a known kind; see the top of this file."""
+    fusion = Fusion()
+    for path, module in list(model.named_modules()):
+        kind = type(module).__name__
+        if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
+            continue
+        if kind in ATTENTIONS:
+            patch_attention(fusion, path, module)
+        elif kind in MLPS or kind == "Phi3MLP":
+            patch_mlp(fusion, path, module)
+        elif kind in NORMS:
+            patch(fusion, module, norm_forward, NORMS[kind])
+            fusion.notes[path] = "RMSNorm in one pass"
+        elif kind in CAUSAL_LMS:
+            patch(fusion, module, causal_lm_forward, {})
+            fusion.notes[path or kind] = "loss without logits, in training with labels"
+    return fusion
+
+
+def patch(fusion: Fusion, module: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Gives one instance another forward; a bound method, so that a deep copy's is its own."""
+    vars(module)["fused_options"] = options
+    vars(module)["forward"] = types.MethodType(forward, module)
+    fusion.forwards.append(module)
+
+
+# ---- attention
+
+
+class SharedInput:
+    """Projections of one x, computed together when the first is called and handed out to the others."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = tuple(layers)
+        self.x: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def output_of(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The output of one of the layers; each is handed out once, so nothing outlives the attention's forward."""
+        if self.x is not x or id(layer) not in self.outputs:
+            self.x, self.outputs = None, {}
+            if not together(self.layers):
+                return type(layer).forward(layer, x)
+            updates = [update_of(each) for each in self.layers]
+            dropout = next((update.dropout for update in updates if update.dropout is not None), None)
+            outputs = dispatch.ops.lora_qkv(x, *(update.projection for update in updates), dropout=dropout)
+            self.x = x
+            self.outputs = {id(each): output for each, output in zip(self.layers, outputs, strict=True)}
+        output = self.outputs.pop(id(layer))
+        if not self.outputs:
+            self.x = None
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        import copy
+
+        return SharedInput([copy.deepcopy(layer, memo) for layer in self.layers])
+
+
+def shared_forward(self: Any, x: Tensor) -> Tensor:
+    """The forward of a projection that shares its x."""
+    output: Tensor = self.shared_input.output_of(self, x)
+    return output
+
+
+def patch_attention(fusion: Fusion, path: str, module: Any) -> None:
+    """q, k and v together, and RoPE through `lora.ops`."""
+    layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    notes = []
+    if all(isinstance(layer, LoRALinear) or plain(layer) for layer in layers):
+        stack_weights(fusion, layers)
+        shared = SharedInput([layer for layer in layers if layer is not None])
+        for layer in shared.layers:
+            patch(fusion, layer, shared_forward, {})
+            vars(layer)["shared_input"] = shared
+        notes.append("q, k, v in one product")
+    forward = inspect.unwrap(type(module).forward)
+    if "apply_rotary_pos_emb" in forward.__code__.co_names and forward is type(module).forward:
+        names = {**forward.__globals__, "apply_rotary_pos_emb": rotary}
+        fused = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+        fused.__kwdefaults__ = forward.__kwdefaults__
+        patch(fusion, module, fused, {})
+        notes.append("RoPE in one pass")
+    fusion.notes[path] = ", ".join(notes) or "left as it is: an attention of another shape"
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """What an attention's forward calls in place of transformers' apply_rotary_pos_emb."""
+    if unsqueeze_dim != 1:
+        raise ValueError(f"unsqueeze_dim={unsqueeze_dim}, expected 1: q and k are [batch, heads, seq, head_dim]")
+    rotated: tuple[Tensor, Tensor] = dispatch.ops.rope(q, k, cos, sin)
+    return rotated
+
+
+# ---- MLP
+
+
+def patch_mlp(fusion: Fusion, path: str, module: Any) -> None:
+    """gate, up, activation and down as one function."""
+    fused = hasattr(module, "gate_up_proj")  # Phi-3 stores gate and up as one matrix
+    act_fn = type(module.activation_fn if fused else module.act_fn).__name__
+    layers = [module.gate_up_proj] if fused else [module.gate_proj, module.up_proj]
+    layers.append(module.down_proj)
+    activation = ACTIVATIONS.get(act_fn)
+    if activation is None:
+        fusion.notes[path] = f"left as it is: its activation is {act_fn}"
+        return
+    if not all(isinstance(layer, LoRALinear) or plain(layer) for layer in layers):
+        fusion.notes[path] = "left as it is: a projection of another kind"
+        return
+    if fused and isinstance(getattr(layers[0], "base_layer", layers[0]), NF4Linear):
+        fusion.notes[path] = "left as it is: NF4 weights of gate and up in one matrix"
+        return
+    stack_weights(fusion, layers[:-1])
+    patch(fusion, module, mlp_forward, {"activation": activation})
+    fusion.notes[path] = "gate, up and down in one function"
+
+
+def mlp_forward(self: Any, x: Tensor) -> Tensor:
+    """down(act(gate(x)) ⊙ up(x)) through `lora.ops`."""
+    fused = hasattr(self, "gate_up_proj")
+    layers = (self.gate_up_proj, self.down_proj) if fused else (self.gate_proj, self.up_proj, self.down_proj)
+    if not together(layers):
+        unfused: Tensor = type(self).forward(self, x)
+        return unfused
+    updates = [update_of(layer) for layer in layers]
+    if fused:
+        updates = [*halves(updates[0]), updates[1]]
+    dropout = mlp_dropout([update.dropout for update in updates])
+    projections = (update.projection for update in updates)
+    y: Tensor = dispatch.ops.lora_mlp(x, *projections, dropout=dropout, **self.fused_options)
+    return y
+
+
+def halves(update: Update) -> list[Update]:
+    """A projection to gate and up at once as two that share A: the rows of the others are the first and second half."""
+    weight, bias, lora_A, lora_B, scaling, magnitude = update.projection
+    parts = zip(*(two(rows) for rows in (weight, bias, lora_B, magnitude)), strict=True)
+    return [Update(Projection(W, b, lora_A, B, scaling, m), update.dropout) for W, b, B, m in parts]
+
+
+def two(rows: Any) -> tuple[Any, Any]:
+    """The first and the second half of the rows of a tensor, or of nothing."""
+    return (None, None) if rows is None else rows.chunk(2)
+
+
+def mlp_dropout(drops: Sequence[Dropout | None]) -> Dropout | None:
+    """The one dropout behind those of gate, up and down, whose stream is the next."""
+    above = next((drop for drop in drops[:2] if drop is not None), None)
+    if above is None and drops[2] is not None:
+        above = drops[2]._replace(stream=drops[2].stream - 1)
+    if drops[2] is not None and drops[2] != hidden_dropout(above):
+        raise TypeError("down_proj does not follow gate_proj's mask seed")
+    return above
+
+
+# ---- norms and loss
+
+
+def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """RMSNorm through `lora.ops`."""
+    eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+    y: Tensor = dispatch.ops.rms_norm(hidden_states, self.weight, eps=eps, **self.fused_options)
+    return y
+
+
+def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """With labels, in training: the loss from the last hidden states, and no logits. Otherwise the model's own."""
+    original = type(self).forward
+    bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    labels, _ = bound.pop("labels", None), bound.pop("self")
+    if labels is None or not self.training or extra.get("shift_labels") is not None:
+        return original(self, *args, **kwargs)
+    bound.pop("logits_to_keep", None)
+    num_items = extra.pop("num_items_in_batch", None)
+    outputs = self.model(**bound, **extra)
+    hidden = outputs.last_hidden_state
+    config = self.config.get_text_config()
+    update = update_of(self.lm_head)
+    loss = dispatch.ops.linear_cross_entropy(
+        hidden[:, :-1],
+        update.projection,
+        labels[:, 1:].to(hidden.device),
+        dropout=update.dropout,
+        num_items=num_items,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=1 / getattr(config, "logits_scaling", 1.0),
+    )
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(
+        loss=loss,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+# ---- layers
+
+
+def plain(layer: Any) -> bool:
+    """A linear layer that carries no adapter and no forward of its own."""
+    if not isinstance(layer, nn.Module) or "forward" in vars(layer):
+        return False
+    return isinstance(layer, NF4Linear) or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
+
+
+def update_of(layer: Any) -> Update:
+    """What one layer adds up to now: its base with the active adapters, and their dropout."""
+    if isinstance(layer, AdapterLayer):
+        return layer.updates()[0]
+    if isinstance(layer, NF4Linear):
+        return Update(layer.projection(), None)
+    current = getattr(layer, "current", layer)  # a head trained in full
+    return Update(Projection(current.weight, current.bias), None)
+
+
+def together(layers: Sequence[nn.Module]) -> bool:
+    """Whether one function can run these layers now: each has one update, and they drop out alike."""
+    rates = set()
+    for layer in layers:
+        if isinstance(layer, AdapterLayer):
+            groups = layer.groups()
+            if len(groups) > 1:
+                return False
+            rates |= {layer.dropout[group[0]] for group in groups}
+    return len(rates) <= 1
+
+
+def stack_weights(fusion: Fusion, layers: Sequence[Any]) -> None:
+    """Lays frozen dense weights of one x one after another in memory; each stays the parameter it was."""
+    bases = [layer.base_layer if isinstance(layer, AdapterLayer) else layer for layer in layers]
+    if not all(type(base) is nn.Linear for base in bases):
+        return
+    weights = [base.weight for base in bases]
+    alike = len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
+    if not alike or any(w.requires_grad or w.is_meta or type(w.data) is not Tensor for w in weights):
+        return
+    if rows_of_one(weights) is None:
+        buffer = torch.cat([w.detach() for w in weights])
+        for weight, rows in zip(weights, buffer.split([len(w) for w in weights]), strict=True):
+            weight.data = rows
+        fusion.stacked.append(weights)

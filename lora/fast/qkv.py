@@ -1,0 +1,22 @@
+"""q, k and v of one x as a group: one dropped x, one stacked A, one product where the weights lie together.
+
+The equations are those of `lora.reference.qkv`, the work is `lora.fast.linear.project_group`'s.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lora.fast.linear import project_group
+from lora.projection import Dropout, Projection
+
+
+def lora_qkv(
+    x: Tensor, q: Projection, k: Projection, v: Projection, *, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q(x), k(x), v(x); arguments and results as in `lora.reference.qkv.lora_qkv`.
+
+    FLOPs: those of three `lora_linear`. Saved for backward: x and s·D(x)Aᵀ of each, tokens·(in + Σ r) numbers.
+    """
+    hq, hk, hv = project_group(x, [q, k, v], dropout)
+    return hq, hk, hv

@@ -1,0 +1,73 @@
+"""Rotary position embedding as one autograd function: equations as in `lora.reference.rope`.
+
+The backward is the forward with the opposite angle, so only cos and sin are kept, which all layers share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.fast.runtime import runs_triton
+from lora.reference.rope import per_token
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, position_ids: Tensor | None = None, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated; arguments, results and errors as in `lora.reference.rope.rope`.
+
+    FLOPs: 3 an element. Saved for backward: cos and sin.
+    """
+    cos, sin = per_token(cos, position_ids, q), per_token(sin, position_ids, q)  # [batch or 1, 1, seq, rot]
+    return Rope.apply(q, k, cos, sin, interleaved)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class Rope(torch.autograd.Function):
+    """Forward and backward for q and k together."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return rotated(q, k, cos, sin, interleaved, inverse=False)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        dq, dk = rotated(dq, dk, cos, sin, ctx.interleaved, inverse=True)
+        return dq, dk, None, None, None
+
+
+def rotated(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k turned by the angles, or back by them: new tensors."""
+    if runs_triton(q):
+        from lora.fast.kernels import rope as kernels
+
+        return kernels.rope_forward(q, k, cos[:, 0], sin[:, 0], interleaved=interleaved, inverse=inverse)
+    return turn(q, cos, sin, interleaved, inverse), turn(k, cos, sin, interleaved, inverse)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """x ⊙ cos ± R(x) ⊙ sin on the first rot features; each pair's two results are written in place."""
+    rot, sign = cos.shape[-1], -1.0 if inverse else 1.0
+    turned = x[..., :rot] * cos
+    first, second = halves(turned, interleaved)
+    a, b = halves(x[..., :rot], interleaved)
+    sin_a, sin_b = halves(sin, interleaved)
+    first.addcmul_(b.to(turned.dtype), sin_a.to(turned.dtype), value=-sign)
+    second.addcmul_(a.to(turned.dtype), sin_b.to(turned.dtype), value=sign)
+    turned = turned.to(x.dtype)
+    return turned if rot == x.shape[-1] else torch.cat([turned, x[..., rot:]], dim=-1)
+
+
+def halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second feature of every pair, as views."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    first, second = x.chunk(2, dim=-1)
+    return first, second

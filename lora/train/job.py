@@ -1,0 +1,387 @@
+"""`run`: one training run from its config to its results. What `lora train` does, and the demo.
+
+<output>/
+  run.yaml            the whole config: `lora train --config run.yaml` does it again
+  adapter/            the adapter, in PEFT's format
+  metrics.jsonl       losses, learning rate and tokens, step by step
+  loss.png            the same, drawn
+  samples.md, .json   the same prompts answered before and after
+  result.json         the run in numbers
+  tensorboard/        for `tensorboard --logdir`
+  checkpoint-N/       what `--resume` goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lora import dispatch, models
+from lora.adapter_io import save_adapter
+from lora.adapters import disable_adapters, trainable_parameters
+from lora.errors import LoRAError
+from lora.train import checkpoint
+from lora.train.config import TrainConfig
+from lora.train.data import Data, Prompt, load_data, prompts_of
+from lora.train.plot import plot_loss
+from lora.train.quiet import quiet
+from lora.train.sampling import answer
+
+RUN, ADAPTER, METRICS, PLOT, RESULT = "run.yaml", "adapter", "metrics.jsonl", "loss.png", "result.json"
+SAMPLES, TENSORBOARD = ("samples.md", "samples.json"), "tensorboard"
+NEEDED = ("datasets", "matplotlib", "rich", "transformers", "trl", "yaml")
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C during training, after the checkpoint was written; says where it is."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt, answered twice; `expected` is what the data has, if anything."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run in numbers; losses in nats a token, None where nothing was held out."""
+
+    output: Path
+    adapter: Path
+    steps: int
+    loss_before: float | None
+    loss_after: float | None
+    held_out_examples: int
+    held_out_tokens: int
+    train_examples: int
+    tokens: int  # read in training, prompts included, padding not
+    tokens_learnt: int  # of them, those with a loss
+    seconds: float  # in training steps and evaluations between them, this session
+    tokens_per_second: float
+    trainable: int
+    parameters: int
+    peak_memory: int  # bytes
+    samples: tuple[Sample, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        values = asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def run(config: TrainConfig, console: Console | None = None) -> TrainResult:
+    """Trains an adapter as `config` says.
+
+    Args:
+        console: where to report; the terminal, unless given.
+
+    Raises: LoRAError for whatever the user can mend; InterruptedRunError (a KeyboardInterrupt) after Ctrl-C.
+    """
+    for package in NEEDED:
+        if find_spec(package) is None:
+            raise LoRAError(f"training needs the package {package}. Run: pip install 'lora-twin[train]'")
+    backend = dispatch.use_backend(config.backend) if config.backend else nullcontext()
+    with quiet(), backend:
+        job = Job(config, console or Console())
+        job.prepare()
+        job.measure_before()
+        job.train()
+        return job.finish()
+
+
+class Job:
+    """The stages of a run, in order, and what they hand on."""
+
+    def __init__(self, config: TrainConfig, console: Console) -> None:
+        self.config, self.console, self.output = config, console, Path(config.output)
+        self.before: dict[str, Any] = {}
+        self.seconds = 0.0
+
+    def say(self, label: str, text: str) -> None:
+        self.console.print(f"[bold]{label:<10}[/bold]", end="", soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    # ---- before
+
+    def prepare(self) -> None:
+        """Everything that can be refused, cheapest first: the directory, the data, the model, the adapter."""
+        config = self.config
+        found = open_output(config)
+        for line in found.passed_over:
+            self.say("resume", line)
+        self.resumed = found.path
+        if config.resume:
+            self.say("resume", f"from {found.path}" if found.path else "no checkpoint yet: starting from the beginning")
+        self.data = load_data(config)
+        self.model, self.tokenizer = load_model(config)
+        self.chat = config.chat_template and bool(self.tokenizer.chat_template)
+        check_chat(self.data, self.chat)
+        torch.manual_seed(config.seed)
+        dispatch.inject(self.model, config.lora_config())
+        dispatch.for_training(self.model, config.checkpointing)
+        self.build_trainer()
+        self.describe()
+
+    def build_trainer(self) -> None:
+        from lora.train.progress import Control, Metrics, ProgressDisplay
+        from lora.train.trainer import AdapterTrainer
+
+        config = self.config
+        self.control = Control(self.begin)
+        self.metrics, self.display = Metrics(self.output / METRICS), ProgressDisplay(self.console)
+        callbacks = [self.control, self.metrics, self.display]
+        record = {"settings": config.fixed(), "base": checkpoint.base_fingerprint(self.model)}
+        self.trainer = AdapterTrainer(self.model, self.tokenizer, config, self.data, record, callbacks)
+        self.metrics.trainer = self.display.trainer = self.trainer
+        record["data"] = self.trainer.fingerprint()
+        if self.resumed is not None:
+            checkpoint.check_same_run(self.resumed, record)
+            record["before"] = checkpoint.read_state(self.resumed)["run"]["before"]
+        if config.tensorboard and find_spec("tensorboard") is not None:
+            self.trainer.add_callback(tensorboard(self.output / TENSORBOARD))
+
+    def describe(self) -> None:
+        config, prepared = self.config, self.trainer.prepared
+        parameters = trainable_parameters(self.model)
+        dtype = str(next(p.dtype for p in self.model.parameters() if p.is_floating_point())).removeprefix("torch.")
+        quantised = " with NF4 weights" if config.quantization == "nf4" else ""
+        self.say("model", f"{config.model}, {dtype}{quantised}, backend {dispatch.get_backend()}")
+        self.say("adapter", f"r={config.r}, alpha={config.lora_alpha:g}: {parameters}")
+        train, held_out = prepared["train"], prepared.get("eval")
+        held = "none held out" if held_out is None else f"{held_out.examples:,} held out ({held_out.tokens:,} tokens)"
+        self.say("data", f"{train.examples:,} examples to train on ({train.tokens:,} tokens), {held}")
+        for name, part in prepared.items():
+            what = "training" if name == "train" else "held-out"
+            if part.cut:
+                self.say("", f"{part.cut:,} {what} examples were longer than {config.max_length} tokens and were cut")
+            if part.dropped:
+                self.say("", f"{part.dropped:,} {what} examples have nothing to learn within them and were dropped")
+        for note in self.data.notes:
+            self.say("", note)
+        (self.output / RUN).write_text(as_yaml(config), encoding="utf-8")
+
+    def measure_before(self) -> None:
+        """Held-out loss and answers of the model without its adapter."""
+        record, prompts = self.trainer.run, self.prompts()
+        stored = record.get("before", {})
+        with disable_adapters(self.model):
+            if "loss" not in stored:
+                loss, tokens = self.trainer.held_out_loss() if self.data.held_out else (None, 0)
+                stored = {"loss": loss, "tokens": tokens}
+            if stored.get("prompts") != [prompt.text for prompt in prompts]:
+                stored |= {"prompts": [prompt.text for prompt in prompts], "answers": self.answers(prompts)}
+        record["before"] = stored
+        if stored["loss"] is not None:
+            self.say("before", f"held-out loss {stored['loss']:.4f}")
+
+    def prompts(self) -> list[Prompt]:
+        asked = [Prompt([{"role": "user", "content": text}], text) for text in self.config.sample_prompts]
+        return prompts_of(self.data.held_out, self.config.samples) + asked
+
+    def answers(self, prompts: list[Prompt]) -> list[str]:
+        texts = [prompt.messages if self.chat and prompt.messages else prompt.text for prompt in prompts]
+        return answer(self.model, self.tokenizer, texts, max_new_tokens=self.config.sample_tokens, chat=False)
+
+    # ---- training
+
+    def begin(self, state: Any) -> None:
+        """Called by the trainer when its own state is set up."""
+        self.metrics.start(state.global_step)
+        if self.resumed is not None:
+            checkpoint.load_sums(self.trainer, self.resumed)
+        elif self.trainer.run["before"]["loss"] is not None:
+            self.trainer.log({"eval_loss": self.trainer.run["before"]["loss"]})
+
+    def train(self) -> None:
+        """Trains to the end, or to the step in which the user interrupts."""
+        started = time.monotonic()
+        try:
+            with on_interrupt(self.control.interrupt):
+                self.trainer.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+        finally:
+            self.display.stop()
+            self.seconds = time.monotonic() - started
+        state = self.trainer.state
+        if self.control.interrupted and state.global_step < state.max_steps:
+            path = self.output / f"checkpoint-{state.global_step}"
+            raise InterruptedRunError(
+                f"interrupted after step {state.global_step} of {state.max_steps}; {path} is saved: "
+                "--resume goes on from there"
+            )
+
+    # ---- after
+
+    def finish(self) -> TrainResult:
+        """Measures again and writes the results."""
+        before, prompts = self.trainer.run["before"], self.prompts()
+        save_adapter(self.model, self.output / ADAPTER)
+        loss_after = self.held_out_after()
+        dispatch.for_inference(self.model)
+        answers = self.answers(prompts)
+        samples = tuple(
+            Sample(prompt.text, prompt.expected, *pair)
+            for prompt, *pair in zip(prompts, before["answers"], answers, strict=True)
+        )
+        write_samples(samples, self.output)
+        plot_loss(self.metrics.records, self.output / PLOT, title(self.config, before["loss"], loss_after))
+        result = self.result(samples, loss_after)
+        (self.output / RESULT).write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+        if loss_after is not None:
+            self.say("after", f"held-out loss {loss_after:.4f} (before: {before['loss']:.4f})")
+        self.say("saved", f"{result.adapter} ({', '.join(name for name in (METRICS, PLOT, *SAMPLES))} beside it)")
+        return result
+
+    def held_out_after(self) -> float | None:
+        """The held-out loss of the last step; measured now, unless that step has just done so."""
+        if not self.data.held_out:
+            return None
+        last, step = self.metrics.records[-1:], self.trainer.state.global_step
+        if last and last[0]["step"] == step and "eval_loss" in last[0]:
+            return float(last[0]["eval_loss"])
+        loss = self.trainer.held_out_loss().loss
+        self.metrics.add(step, eval_loss=loss)
+        return float(loss)
+
+    def result(self, samples: tuple[Sample, ...], loss_after: float | None) -> TrainResult:
+        parameters, before = trainable_parameters(self.model), self.trainer.run["before"]
+        prepared, read = self.trainer.prepared, self.trainer.tokens_read
+        return TrainResult(
+            output=self.output,
+            adapter=self.output / ADAPTER,
+            steps=self.trainer.state.global_step,
+            loss_before=before["loss"],
+            loss_after=loss_after,
+            held_out_examples=prepared["eval"].examples if "eval" in prepared else 0,
+            held_out_tokens=before["tokens"],
+            train_examples=prepared["train"].examples,
+            tokens=read,
+            tokens_learnt=self.trainer.tokens_learnt,
+            seconds=round(self.seconds, 2),
+            tokens_per_second=round((read - self.display.rate.first_tokens) / max(self.seconds, 1e-9), 1),
+            trainable=parameters.trainable,
+            parameters=parameters.total,
+            peak_memory=peak_memory(),
+            samples=samples,
+        )
+
+
+def open_output(config: TrainConfig) -> checkpoint.Found:
+    """Makes the output directory, or clears it, or finds the checkpoint in it to go on from."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise LoRAError(f"output: {output} is a file, expected a directory to write to.")
+    written = [RUN, ADAPTER, METRICS, PLOT, RESULT, *SAMPLES, TENSORBOARD]
+    earlier = [path for path in (output / name for name in written) if path.exists()] + checkpoint.checkpoints(output)
+    if earlier and not (config.resume or config.overwrite):
+        raise LoRAError(
+            f"output: {output} holds an earlier run ({earlier[0].name}): --resume goes on with it, --overwrite "
+            "replaces it, another --output leaves it alone."
+        )
+    try:
+        for path in earlier if config.overwrite else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoRAError(f"output: {output} cannot be written: {error.strerror or error}.") from None
+    return checkpoint.newest(output) if config.resume else checkpoint.Found(None, [])
+
+
+def load_model(config: TrainConfig) -> tuple[Any, Any]:
+    """The base model, on the GPU if there is one, and its tokenizer."""
+    cuda = torch.cuda.is_available()
+    names = {"auto": torch.bfloat16 if cuda else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    quantization = None if config.quantization == "none" else config.quantization
+    device = "cuda:0" if cuda else None
+    model, tokenizer = models.load(config.model, quantization=quantization, dtype=names[config.dtype], device=device)
+    if tokenizer.eos_token is None:
+        raise LoRAError(f"{config.model}: its tokenizer has no end-of-text token, so no answer could ever end.")
+    return model, tokenizer
+
+
+def check_chat(data: Data, chat: bool) -> None:
+    """Conversations need a chat template."""
+    row = data.train[0]
+    if not chat and (row.get("messages") or isinstance(row.get("prompt"), list)):
+        raise LoRAError(
+            "data: the examples are conversations, but the tokenizer has no chat template, or --no-chat-template is "
+            "set: give 'prompt' and 'completion' as text."
+        )
+
+
+@contextmanager
+def on_interrupt(handle: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C within the block calls `handle`; the second interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        handle()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def tensorboard(directory: Path) -> Any:
+    """transformers' own TensorBoard callback, writing to `directory`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    integrations: Any = import_module("transformers.integrations")
+    return integrations.TensorBoardCallback(SummaryWriter(log_dir=str(directory)))
+
+
+def write_samples(samples: tuple[Sample, ...], output: Path) -> None:
+    """samples.json, and samples.md to read."""
+    parts = ["# The same prompts, before and after training\n"]
+    for number, sample in enumerate(samples, start=1):
+        expected = f"\n**In the data:** {sample.expected}\n" if sample.expected else ""
+        answers = f"**Before:** {sample.before}\n\n**After:** {sample.after}\n{expected}"
+        parts.append(f"## {number}\n\n```text\n{sample.prompt}\n```\n\n{answers}")
+    (output / SAMPLES[0]).write_text("\n".join(parts), encoding="utf-8")
+    (output / SAMPLES[1]).write_text(json.dumps([asdict(s) for s in samples], indent=1), encoding="utf-8")
+
+
+def title(config: TrainConfig, before: float | None, after: float | None) -> str:
+    """What stands above the plot."""
+    name = Path(config.model).name
+    return name if before is None or after is None else f"{name}: held-out loss {before:.2f} → {after:.2f}"
+
+
+def as_yaml(config: TrainConfig) -> str:
+    """The config as a file that `--config` reads."""
+    import yaml
+
+    text: str = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
