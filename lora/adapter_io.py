@@ -138,9 +138,8 @@ def load_adapter(
 
 
 def _gathered(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """One adapter's tensors as the file holds them: finite, on the CPU, none sharing memory with another."""
+    """One adapter's tensors as the file holds them: finite, on the CPU, contiguous."""
     tensors: dict[str, Tensor] = {}
-    starts: set[int] = set()
     for key, tensor in _tensors_of(model, adapter_name):
         if tensor.is_meta:
             raise LoRAError(f"{key} is on the meta device, without values: there is nothing to save.")
@@ -149,9 +148,7 @@ def _gathered(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
                 f"{key} has {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values that are not finite, "
                 "expected none: nothing was saved. Training has diverged: go back to an earlier checkpoint."
             )
-        tensor = tensor.detach().cpu().contiguous()
-        tensors[key] = tensor.clone() if tensor.data_ptr() in starts else tensor
-        starts.add(tensor.data_ptr())
+        tensors[key] = tensor.detach().cpu().contiguous()
     return tensors
 
 

@@ -38,9 +38,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors in the house's form, and a hint for a misspelt flag."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
-        hint = did_you_mean(unknown.split("=")[0], self._option_string_actions) if unknown else ""
-        raise LoRAError(f"{message}.{hint} `{self.prog} --help` lists what there is.")
+        raise LoRAError(f"{message}. `{self.prog} --help` lists what there is.")
+
+    def refuse(self, unknown: str) -> NoReturn:
+        """Raises LoRAError for an argument that is none of this command's."""
+        hint = did_you_mean(unknown.split("=")[0], self._option_string_actions)
+        raise LoRAError(f"there is no option {unknown!r}.{hint} `{self.prog} --help` lists what there is.")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -60,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        options = parser().parse_args([word for word in words if word != "--debug"])
+        options, unknown = parser().parse_known_args([word for word in words if word != "--debug"])
+        if unknown:
+            options.parser.refuse(unknown[0])
         options.command(options)
     except SystemExit as error:  # argparse's --help and --version
         return int(error.code or 0)
@@ -88,7 +93,7 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action=Version, nargs=0, help="print the versions in use")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    top.set_defaults(command=lambda _: top.print_help())
+    top.set_defaults(command=lambda _: top.print_help(), parser=top)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     adders: dict[str, Callable[[Parser], None]] = {
         "train": add_train,
@@ -102,6 +107,7 @@ def parser() -> Parser:
             name, help=text, description=_capitalised(text), formatter_class=Formatter, allow_abbrev=False
         )
         adders[name](command)
+        command.set_defaults(parser=command)
     return top
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any
@@ -26,11 +27,6 @@ OPERATIONS = (
     "lora_linear", "lora_embedding", "lora_qkv", "lora_mlp", "nf4_quantize", "nf4_dequantize", "rms_norm", "rope",
     "linear_cross_entropy", "dropout_mask", "merge_weight", "multi_lora_linear", "checkpoint",
 )  # fmt: skip
-FAST_NOT_BUILT = (
-    "The fast backend is not built yet. Set LORA_BACKEND=reference, or LORA_BACKEND=auto to take the fast "
-    "implementation of each operation as it arrives."
-)
-
 _chosen: str | None = None
 
 
@@ -47,14 +43,12 @@ class use_backend:  # noqa: N801 - reads as a verb: `use_backend("fast")`, `with
     Args:
         name: "reference", "fast" or "auto".
 
-    Raises: LoRAError for another name; UnsupportedError where the fast backend cannot run at all.
+    Raises: LoRAError for another name.
     """
 
     def __init__(self, name: str) -> None:
         global _chosen
         _checked(name, "use_backend")
-        if name == "fast":
-            _module("fast")
         self.name, self._before = name, _chosen
         _chosen = name
 
@@ -76,8 +70,10 @@ class Operations:
             raise AttributeError(
                 f"there is no operation {name!r}.{did_you_mean(name, OPERATIONS)} Operations: {', '.join(OPERATIONS)}."
             )
-        implementation: Callable[..., Any] = getattr(backend(), name)
-        return implementation
+        if get_backend() == "reference":
+            implementation: Callable[..., Any] = getattr(_module("reference"), name)
+            return implementation
+        return functools.partial(_run, name)
 
     def __dir__(self) -> list[str]:
         return list(OPERATIONS)
@@ -87,8 +83,8 @@ ops = Operations()
 
 
 def backend() -> ModuleType:
-    """The module that implements the backend in force."""
-    return _module("fast" if get_backend() == "fast" else "reference")
+    """The module that implements the backend in force; for "auto" the fast one, whose operations may fall back."""
+    return _module("reference" if get_backend() == "reference" else "fast")
 
 
 def inject(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Module:
@@ -158,22 +154,51 @@ def for_inference(model: nn.Module, merge: bool = False) -> nn.Module:
 
 def explain(model: nn.Module) -> str:
     """A table: for each adapted module the implementation that runs it, and why not the other."""
+    from lora.adapters import state_of
     from lora.layers import adapter_layers
 
     name = get_backend()
-    reason = {"reference": "chosen", "auto": "fast: not built yet", "fast": FAST_NOT_BUILT}[name]
-    rows = [(path, type(layer).__name__, "reference", reason) for path, layer in adapter_layers(model)]
+    rows = [(path, type(layer).__name__, *_implementation(name, layer)) for path, layer in adapter_layers(model)]
     if not rows:
         return "No adapters: call lora.inject(model, config) first."
+    fusion = state_of(model).modes.get("fusion")
+    if fusion is not None:
+        rows += [(path, type(model.get_submodule(path)).__name__, name, note) for path, note in fusion.notes.items()]
+    elif name != "reference":
+        rows.append(("(model)", type(model).__name__, name, "not fused: for_training and for_inference fuse it"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([f"backend: {name}", *lines])
 
 
+def _implementation(name: str, layer: Any) -> tuple[str, str]:
+    """Which implementation runs an adapted layer, and why."""
+    if name == "reference":
+        return "reference", "chosen"
+    reasons = _module("fast.support").reasons(layer.projection_of(group) for group in layer.groups() or [()])
+    if reasons:
+        return ("reference" if name == "auto" else "none"), "fast cannot: " + "; ".join(reasons)
+    return "fast", "chosen" if name == "fast" else "fast can"
+
+
+def _run(name: str, /, *arguments: Any, **options: Any) -> Any:
+    """An operation on "fast" or "auto": the fast one where it can run, else an error, or the reference."""
+    reasons = _module("fast.support").reasons((*arguments, *options.values()))
+    if not reasons:
+        return getattr(_module("fast"), name)(*arguments, **options)
+    if get_backend() == "fast":
+        raise UnsupportedError(f"the fast backend cannot run {name}: {'; '.join(reasons)}. Or use LORA_BACKEND=auto.")
+    _say_once(f"{name} runs on the reference backend: {'; '.join(reasons)}.")
+    return getattr(_module("reference"), name)(*arguments, **options)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
 @functools.cache
 def _module(name: str) -> ModuleType:
-    if name == "fast":
-        raise UnsupportedError(FAST_NOT_BUILT)
     return importlib.import_module(f"lora.{name}")
 
 

@@ -214,7 +214,7 @@ def _check_weights(path: Path) -> None:
     if (path / "model.safetensors").is_file():
         shards = {"model.safetensors"}
     elif index.is_file():
-        shards = set(_read_json(index).get("weight_map", {}).values())
+        shards = {str(shard) for shard in dict(_read_json(index).get("weight_map", {})).values()}
     elif pickles := sorted(file.name for file in path.glob("*.bin")):
         raise LoRAError(
             f"{path} has its weights only as pickle ({pickles[0]}), which can run code and is not loaded. "
@@ -223,7 +223,11 @@ def _check_weights(path: Path) -> None:
     else:
         raise LoRAError(f"{path} has a config.json but no weights: expected model.safetensors or {index.name}.")
     for shard in sorted(shards):
-        _check_shard(path / Path(shard).name)  # a name from a file never leaves the directory
+        if Path(shard).name != shard:
+            raise LoRAError(
+                f"{index} names {shard!r}, which is not a file of its own directory. Fetch the model again."
+            )
+        _check_shard(path / shard)
 
 
 def _check_shard(file: Path) -> None:

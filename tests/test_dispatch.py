@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+import torch
 from tiny import toy
 
 import lora
+import lora.fast
 from lora import LoRAConfig, LoRAError, UnsupportedError
 from lora.dispatch import BACKENDS, OPERATIONS
+from lora.fast.support import reasons
+from lora.projection import Projection
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +45,44 @@ def test_use_backend_sets_and_restores():
     assert lora.get_backend() == "reference"
 
 
-def test_fast_never_lies():
-    with pytest.raises(UnsupportedError, match=r"not built yet.*LORA_BACKEND=reference"):
-        lora.use_backend("fast")
-    assert lora.get_backend() == "reference"
+def strange() -> tuple[torch.Tensor, Projection]:
+    """A projection that only the reference can run: its x is of a type the kernels do not know."""
+    x = torch.randn(3, 4, dtype=torch.complex64).real.to(torch.float8_e4m3fn)
+    return x, Projection(torch.randn(2, 4))
 
 
-def test_the_environment_cannot_make_fast_lie(monkeypatch):
-    monkeypatch.setenv("LORA_BACKEND", "fast")
-    with pytest.raises(UnsupportedError, match="not built yet"):
-        lora.inject(toy(), LoRAConfig(r=2))
+def test_fast_never_lies(monkeypatch):
+    monkeypatch.setattr(lora.reference, "lora_linear", lambda *_, **__: "the reference ran")
+    with lora.use_backend("fast"), pytest.raises(UnsupportedError, match=r"cannot run lora_linear: a tensor is torch\.float8"):
+        lora.ops.lora_linear(*strange())
+    with lora.use_backend("auto"), pytest.warns(UserWarning, match=r"lora_linear runs on the reference backend: .*float8"):
+        assert lora.ops.lora_linear(*strange()) == "the reference ran"
+    with lora.use_backend("auto"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert lora.ops.lora_linear(*strange()) == "the reference ran"
+
+
+def test_every_reason_is_named():
+    x, projection = strange()
+    found = reasons([x, projection._replace(bias=torch.empty(2, dtype=torch.float8_e5m2))])
+    assert len(found) == 2 and "e4m3fn" in found[0] and "e5m2" in found[1]
+
+
+def test_auto_runs_the_fast_operation_where_it_can(monkeypatch):
+    monkeypatch.setattr(lora.fast, "lora_linear", lambda *_, **__: "fast ran")
+    for name in ("auto", "fast"):
+        with lora.use_backend(name):
+            assert lora.ops.lora_linear(torch.randn(3, 4), Projection(torch.randn(2, 4))) == "fast ran"
+
+
+def test_the_backends_are_twins():
+    """Same names, same signatures, and a file of the same name for each topic."""
+    assert lora.fast.__all__ == lora.reference.__all__
+    for name in lora.reference.__all__:
+        twins = [inspect.signature(getattr(backend, name)) for backend in (lora.reference, lora.fast)]
+        assert str(twins[0]) == str(twins[1]), name
+    files = [{p.name for p in Path(b.__file__).parent.glob("*.py")} for b in (lora.reference, lora.fast)]
+    assert files[0] <= files[1]
 
 
 @pytest.mark.parametrize("name", ["Fast", "triton", "auto ", ""])
@@ -74,7 +109,10 @@ def test_explain_names_every_adapted_module_and_the_reason():
     assert text.splitlines()[0] == "backend: reference"
     assert [line.split()[0] for line in text.splitlines()[1:]] == [f"layers.0.{n}_proj" for n in ("q", "v", "down")]
     with lora.use_backend("auto"):
-        assert "not built yet" in lora.explain(model)
+        assert "LoRALinear  fast  fast can" in lora.explain(model)
+        assert "not fused" in lora.explain(model)
+        lora.for_training(model)
+        assert "not fused" not in lora.explain(model)
 
 
 def test_import_is_light():

@@ -370,6 +370,13 @@ def test_an_old_config_lacks_fields_and_that_is_fine(tmp_path):
     assert_same_logits(lora.load_adapter(base("llama"), tmp_path), theirs, "llama")
 
 
+@pytest.mark.parametrize(("kind", "transposed"), [("llama", False), ("gpt2", True)])
+def test_the_file_says_whether_weights_lie_transposed(tmp_path, kind, transposed):
+    """PEFT notices a wrong fan_in_fan_out and warns; a reader that does not notice would multiply by Wᵀ."""
+    lora.save_adapter(our_model(kind, r=4), tmp_path)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["fan_in_fan_out"] is transposed
+
+
 def test_what_vllm_and_peft_s_auto_classes_look_at_is_there(tmp_path):
     lora.save_adapter(our_model("llama", r=4), tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())

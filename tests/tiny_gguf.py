@@ -16,13 +16,14 @@ Change = Callable[[dict[str, Any], dict[str, Any]], None]  # edits the metadata 
 BYTES = sorted(
     {chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))} | {chr(256 + i) for i in range(68)}
 )
-MERGES = ["1 2", "12 3", "123 4", "Ġ 1", "Ġ Ġ", "a b", "ab c", "' s", "Ġ a", "Ċ Ċ", "c Ċ", "Ã ©", "e Ì", "eÌ ģ"]
-SPECIAL = ["<|start|>", "<|end|>", "<think>"]
-TOKENS = [*BYTES, *(merge.replace(" ", "") for merge in MERGES), *SPECIAL]
+MERGES = ["1 2", "12 3", "123 4", "Ġ 1", "Ġ Ġ", "a b", "ab c", "' s", "Ġ a", "Ċ Ċ", "c Ċ", "Ã ©"]
+SPECIAL = ["<|start|>", "<|end|>", "<|mid|>", "<think>"]
+UNREACHABLE = "xyz"  # a piece that no merge makes
+TOKENS = [*BYTES, *(merge.replace(" ", "") for merge in MERGES), UNREACHABLE, *SPECIAL]
 TOKENIZER = {
     "model": "gpt2", "pre": "gpt-2", "tokens": TOKENS, "merges": MERGES,
-    "token_type": [1] * (len(TOKENS) - 3) + [3, 3, 4],
-    "bos_token_id": len(TOKENS) - 3, "eos_token_id": len(TOKENS) - 2, "padding_token_id": len(TOKENS) - 2,
+    "token_type": [1] * (len(TOKENS) - 4) + [3, 3, 3, 4],
+    "bos_token_id": len(TOKENS) - 4, "eos_token_id": len(TOKENS) - 3, "padding_token_id": len(TOKENS) - 3,
 }  # fmt: skip
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -107,7 +108,7 @@ def write_raw(path: Path, architecture: str, metadata: dict[str, Any], tensors: 
 
 
 def llama(**options: Any) -> Any:
-    return tiny_llama(vocab_size=len(TOKENS), **options)
+    return tiny_llama(vocab_size=len(TOKENS), intermediate_size=64, **options)
 
 
 def qwen(family: str, **options: Any) -> Any:

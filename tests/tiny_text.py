@@ -43,7 +43,7 @@ def save_tiny_model(directory: Path, *, chat: bool = True, **overrides: Any) -> 
     tokenizer = tiny_tokenizer(chat)
     shard = overrides.pop("max_shard_size", "5GB")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    model = tiny_llama(**{"vocab_size": 64, **ids, **overrides})
+    model = tiny_llama(**{"vocab_size": len(tokenizer), **ids, **overrides})
     model.save_pretrained(directory, max_shard_size=shard)
     tokenizer.save_pretrained(directory)
     return directory

@@ -80,7 +80,7 @@ def patch_model(model: nn.Module) -> Fusion:
             fusion.notes[path] = "RMSNorm in one pass"
         elif kind in CAUSAL_LMS:
             patch(fusion, module, causal_lm_forward, {})
-            fusion.notes[path or kind] = "loss without logits, in training with labels"
+            fusion.notes[path] = "loss without logits, in training with labels"
     return fusion
 
 

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 from lora.errors import UnsupportedError
@@ -39,4 +40,6 @@ def runs_triton(x: Tensor) -> bool:
             f"the fast backend needs Triton on {x.device}, and it is not installed: pip install triton, or choose "
             "LORA_BACKEND=reference."
         )
+    if x.dtype == torch.float64:  # kernels compute in float32
+        return False
     return x.device.type in GPU_TYPES or (interpreting() and x.device.type == "cpu" and triton_installed())

@@ -27,7 +27,7 @@ GROUPS = {
     "run": "where results go, and how often",
 }
 QUANTIZATIONS = ("none", "nf4")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16")  # float16 overflows without loss scaling
 SCHEDULERS = ("linear", "cosine", "constant")
 CHECKPOINTING = ("none", "recompute", "selective", "offload")
 BACKENDS = ("reference", "fast", "auto")

@@ -77,6 +77,7 @@ class TrainResult:
     tokens_learnt: int  # of them, those with a loss
     seconds: float  # in training steps and evaluations between them, this session
     tokens_per_second: float
+    backend: str
     trainable: int
     parameters: int
     peak_memory: int  # bytes
@@ -88,11 +89,14 @@ class TrainResult:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def run(config: TrainConfig, console: Console | None = None) -> TrainResult:
+def run(
+    config: TrainConfig, console: Console | None = None, on_finished: Callable[[Any, Any], None] | None = None
+) -> TrainResult:
     """Trains an adapter as `config` says.
 
     Args:
         console: where to report; the terminal, unless given.
+        on_finished: is given the trained model, ready to generate, and its tokenizer, once all else is done.
 
     Raises: LoRAError for whatever the user can mend; InterruptedRunError (a KeyboardInterrupt) after Ctrl-C.
     """
@@ -105,7 +109,10 @@ def run(config: TrainConfig, console: Console | None = None) -> TrainResult:
         job.prepare()
         job.measure_before()
         job.train()
-        return job.finish()
+        result = job.finish()
+        if on_finished is not None:
+            on_finished(job.model, job.tokenizer)
+        return result
 
 
 class Job:
@@ -277,6 +284,7 @@ class Job:
             tokens_learnt=self.trainer.tokens_learnt,
             seconds=round(self.seconds, 2),
             tokens_per_second=round((read - self.display.rate.first_tokens) / max(self.seconds, 1e-9), 1),
+            backend=dispatch.get_backend(),
             trainable=parameters.trainable,
             parameters=parameters.total,
             peak_memory=peak_memory(),

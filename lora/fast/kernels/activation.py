@@ -48,7 +48,7 @@ def gated_forward(g: Tensor, z: Tensor, activation: str, out: Tensor | None = No
     g_rows, z_rows, h_rows = as_rows(g), as_rows(z), output_rows(h, g.shape, "out")
     M, N = g_rows.shape
     tile = tile_of(N)
-    with torch.cuda.device_of(g):
+    with torch.cuda.device(g.get_device()):
         gated_forward_kernel[tiles(M, N, tile)](
             g_rows, z_rows, h_rows, M, N, g_rows.stride(0), z_rows.stride(0), h_rows.stride(0),
             ACTIVATION=activation, WIDE=wide_type(g, z), **tile, num_warps=NUM_WARPS, enable_fp_fusion=True,
@@ -91,7 +91,7 @@ def gated_backward(
     h_rows = None if h is None else output_rows(h, g.shape, "h")
     M, N = g_rows.shape
     tile = tile_of(N)
-    with torch.cuda.device_of(g):
+    with torch.cuda.device(g.get_device()):
         gated_backward_kernel[tiles(M, N, tile)](
             dh_rows, g_rows, z_rows, dg_rows, dz_rows, h_rows, M, N,
             dh_rows.stride(0), g_rows.stride(0), z_rows.stride(0), dg_rows.stride(0), dz_rows.stride(0),

@@ -17,13 +17,14 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -44,6 +45,7 @@ POINTER = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.float64: "*fp64",
 }
 MATRIX_KINDS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")  # Ampere, Hopper, Blackwell, CDNA
 ATOMIC_KINDS = ("ATOM", "ATOMG", "RED", "REDG", "global_atomic", "buffer_atomic", "flat_atomic")
@@ -65,6 +67,7 @@ class KernelSpec:
     bytes_moved: int = 0  # global memory traffic of one launch at `shape`, from the kernel's loops; 0: not stated
     bytes_minimum: int = 0  # each input read once, each output written once
     shape: str = ""  # what the two figures are for: "tokens 8192, 4096 -> 14336, r 16"
+    flops: int = 0  # of one launch at `shape`, where it is a product
     fp_fusion: bool = True  # whether a product and a sum may share one rounding, as the launch asks
 
 
@@ -122,6 +125,64 @@ class Report:
         by_registers = warps // self.num_warps
         by_shared = 228 * 1024 // (self.shared_bytes + 1024)
         return min(by_registers, by_shared, 32, 64 // self.num_warps) * self.num_warps / 64
+
+
+def spec_of(name: str, call: Callable[[], object], kernel: Any, *others: Any, **details: Any) -> KernelSpec:
+    """What `kernel` would be compiled to when `call()` launches it: the launcher itself says it, so it cannot go stale.
+
+    Args:
+        name: of the spec.
+        call: runs a launcher, on meta tensors.
+        kernel, *others: every kernel that `call` launches; the first one's last launch is meant.
+        **details: the spec's other fields, `shape` and `bytes_moved` say.
+    """
+    launches: dict[Any, dict[str, Any]] = {}
+
+    def recorder(function: Any) -> Callable[..., None]:
+        def record(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            launches[function] = dict(zip(function.arg_names, arguments, strict=False)) | options
+
+        return record
+
+    for function in (kernel, *others):
+        function.run = recorder(function)  # of this object, not of its class
+    try:
+        call()
+    finally:
+        for function in (kernel, *others):
+            del function.run
+    return _specialised(name, kernel, launches[kernel], details)
+
+
+def _specialised(name: str, kernel: Any, given: dict[str, Any], details: dict[str, Any]) -> KernelSpec:
+    """A launch's arguments as Triton sorts them: 1 and None are compiled in, multiples of 16 are promised."""
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    divisible: list[str] = []
+    for parameter in kernel.params:
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None:
+            constexprs[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = POINTER[value.dtype]
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                divisible.append(parameter.name)
+        elif parameter.annotation_type or parameter.do_not_specialize:
+            signature[parameter.name] = parameter.annotation_type or _scalar(value)
+        elif value == 1 and isinstance(value, int):
+            constexprs[parameter.name] = 1
+        else:
+            signature[parameter.name] = _scalar(value)
+            if isinstance(value, int) and value % 16 == 0:
+                divisible.append(parameter.name)
+    schedule = {field: given[field] for field in ("num_warps", "num_stages") if field in given}
+    return KernelSpec(name, kernel, signature, constexprs, divisible=tuple(divisible), **schedule, **details)
+
+
+def _scalar(value: float) -> str:
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 _reports: dict[tuple[object, ...], Report] = {}

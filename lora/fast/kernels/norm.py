@@ -44,10 +44,12 @@ from lora.fast.kernels.norm_kernels import (
     sum_partial_kernel,
 )
 
-MAX_FEATURES = 16384  # of a row in registers: 16 warps with 32 elements a thread
-LOOP_BLOCK = 4096  # of a longer row at a time: 8 warps with 16 elements a thread
-TILE = 2048  # elements of a tile of short rows: 4 warps with 16 elements a thread
+MAX_FEATURES = 8192  # of a row in registers: 16 warps with 16 elements a thread; twice as many spill in the backward
+LOOP_BLOCK = 4096  # of a longer row at a time: 8 warps
+TILE = 2048  # elements of a tile of short rows: 4 warps
 COLUMNS = 128  # of the weight's gradient a program: 256 bytes of each row
+WARPS_AT_ONCE = 16  # a multiprocessor: what the backward's 100 to 128 registers a thread leave room for
+H100 = 132  # multiprocessors, for `compile_specs`
 
 
 def rms_norm_forward(
@@ -172,7 +174,7 @@ def _forward(
     residual_rows = None if residual is None else grouped(residual, inner)
     block, num_warps = block_of(features)
     kernel = norm_forward_kernel if features <= MAX_FEATURES else norm_forward_looped_kernel
-    with torch.cuda.device_of(x):
+    with torch.cuda.device(x.get_device()):
         kernel[(triton.cdiv(M, block["BLOCK_M"]),)](
             rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(),
             y_rows, s, mean, rstd, M, features, inner,
@@ -204,7 +206,7 @@ def _backward(
     rows = _Rows(grouped(dy, inner), grouped(s, inner), mean, rstd, s.numel() // features, inner)
     dsum_rows = None if dsum is None else grouped(dsum, inner)
     dx_rows = output_rows(dx, s.shape, "out", inner)
-    with torch.cuda.device_of(s):
+    with torch.cuda.device(s.get_device()):
         if features <= MAX_FEATURES:
             partials = _partials(rows, wanted, *block_of(features))
             _input_gradient(rows, weight, dsum_rows, dx_rows, partials, norm)
@@ -288,7 +290,7 @@ def _summed(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def block_of(features: int) -> tuple[dict[str, int], int]:
-    """The tile of rows and the warps: 16 elements a thread, 32 in the longest rows that still fit in registers."""
+    """The tile of rows, or the block of a longer row, and the warps: 16 elements a thread."""
     if features > MAX_FEATURES:
         return {"BLOCK_M": 1, "BLOCK_N": LOOP_BLOCK}, 8
     block = triton.next_power_of_2(features)
@@ -308,11 +310,11 @@ def sum_block() -> dict[str, int]:
 def programs_for(tiles: int, num_warps: int, device: torch.device, column_blocks: int = 1) -> int:
     """How many programs share the tiles of a sum over rows: each will write a row of float32 to be added later.
 
-    32 warps a multiprocessor hide the memory's latency; fewer where a program would have less than 8 tiles, so that
-    its row stays small beside what it reads; but never so few that a multiprocessor has none.
+    As many as run at once; fewer where a program would have less than 8 tiles, so that its row stays small beside
+    what it reads; but never so few that a multiprocessor has none.
     """
     units = multiprocessors(device)
-    at_once = units * (32 // num_warps)
+    at_once = units * WARPS_AT_ONCE // num_warps
     programs = min(at_once, max(units, tiles * column_blocks // 8))
     return max(1, min(tiles, programs // column_blocks))
 
@@ -343,23 +345,77 @@ def row_strides(rows: Tensor | None) -> tuple[int, int]:
 
 
 def compile_specs() -> list[KernelSpec]:
-    """The norms of Llama-3.1-8B at 8192 tokens, a head's q_norm, and the longest rows each way of walking allows."""
-    residual, dsum, none = ("residual", "s"), ("dsum",), ()
+    """The norms of Llama-3.1-8B at 8192 tokens, a head's q_norm, LayerNorm, and rows of the greatest size each way."""
     bfloat16, float32 = torch.bfloat16, torch.float32
+    llama, gemma, layer = _Norm(False, 0.0, True, 1e-5), _Norm(False, 1.0, False, 1e-6), _Norm(True, eps=1e-5)
+    forward, backward = norm_forward_kernel, norm_backward_kernel
+    everything = ("bias", "mean", "dweight", "dbias")
+    longer = 4 * MAX_FEATURES
     return [
-        _forward_spec("llama", 4096, bfloat16, residual, _Norm(False, 0.0, True, 1e-5)),
-        _forward_spec("llama", 4096, torch.float16, none, _Norm(False, 0.0, True, 1e-5)),
-        _forward_spec("gemma", 4096, float32, residual, _Norm(False, 1.0, False, 1e-6)),
-        _forward_spec("q_norm", 128, bfloat16, none, _Norm(False, 0.0, True, 1e-6)),
-        _forward_spec("longest", MAX_FEATURES, bfloat16, residual, _Norm(False, 0.0, True, 1e-5)),
-        _forward_spec("layer norm", 4096, bfloat16, ("bias", "mean"), _Norm(True, eps=1e-5)),
-        _forward_spec("looped", 2 * MAX_FEATURES, bfloat16, residual, _Norm(False, 0.0, True, 1e-5)),
-        _backward_spec("llama", 4096, bfloat16, dsum, _Norm(False)),
-        _backward_spec("llama trained", 4096, bfloat16, ("dsum", "dweight"), _Norm(False)),
-        _backward_spec("llama trained", 4096, float32, ("dsum", "dweight"), _Norm(False)),
-        _backward_spec("q_norm trained", 128, bfloat16, ("dweight",), _Norm(False)),
-        _backward_spec("longest", MAX_FEATURES, bfloat16, dsum, _Norm(False)),
-        _backward_spec("longest trained", MAX_FEATURES, bfloat16, ("dsum", "dweight"), _Norm(False)),
-        _backward_spec("layer norm trained", 4096, bfloat16, ("mean", "dweight", "dbias"), _Norm(True)),
-        _backward_spec("looped", 2 * MAX_FEATURES, bfloat16, dsum, _Norm(False)),
+        _spec("llama", forward, 4096, bfloat16, llama, ("residual", "s")),
+        _spec("llama", forward, 4096, torch.float16, llama),
+        _spec("gemma", forward, 4096, float32, gemma, ("residual", "s")),
+        _spec("q_norm", forward, 128, bfloat16, llama),
+        _spec("layer norm", forward, MAX_FEATURES, float32, layer, everything),
+        _spec("llama", norm_forward_looped_kernel, longer, bfloat16, llama, ("residual", "s")),
+        _spec("layer norm", norm_forward_looped_kernel, longer, float32, layer, everything),
+        _spec("llama", backward, 4096, bfloat16, llama, ("dsum",)),
+        _spec("llama trained", backward, 4096, bfloat16, llama, ("dsum", "dweight")),
+        _spec("gemma trained", backward, 4096, float32, gemma, ("dsum", "dweight")),
+        _spec("q_norm trained", backward, 128, bfloat16, llama, ("dweight",)),
+        _spec("layer norm trained", backward, MAX_FEATURES, float32, layer, everything),
+        _spec("llama", norm_backward_looped_kernel, longer, bfloat16, llama, ("dsum",)),
+        _spec("layer norm", norm_weight_gradient_kernel, longer, bfloat16, layer, everything),
+        _sum_spec(4096, bfloat16),
     ]
+
+
+def _spec(
+    name: str, kernel: Any, features: int, dtype: torch.dtype, norm: _Norm, present: tuple[str, ...] = ()
+) -> KernelSpec:
+    """A kernel with these optional operands beside those it always has, rows in one group."""
+    tokens = 8192 if features > 128 else 8192 * 32  # a head's rows: one for each of 32 heads
+    given = {f"{operand}_ptr" for operand in (*present, "x", "y", "weight", "rstd", "dy", "dx")}
+    given |= {"s_ptr"} if "dy_ptr" in kernel.arg_names else set()
+    in_float32 = {"mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"}
+    block, num_warps = column_block() if kernel is norm_weight_gradient_kernel else block_of(features)
+    constexprs = {"CENTRED": norm.centred, "OFFSET": norm.offset, "ROUND": norm.round_before_weight, "EPS": norm.eps}
+    constexprs |= {"WIDE": tl.float32, "inner": 1, **block}
+    arguments = [argument for argument in kernel.arg_names if argument not in constexprs]
+    absent = [argument for argument in arguments if argument.endswith("_ptr") and argument not in given]
+    types = {argument: POINTER[torch.float32 if argument in in_float32 else dtype] for argument in given}
+    signature = {argument: types.get(argument, "i32") for argument in arguments if argument not in absent}
+    matrices = [a for a in signature if a.endswith("_ptr") and a not in {*in_float32, "weight_ptr", "bias_ptr"}]
+    vectors = [argument for argument in signature if argument in ("mean_ptr", "rstd_ptr")]
+    minimum = len(matrices) * tokens * features * dtype.itemsize + len(vectors) * tokens * 4
+    sums = [argument for argument in signature if argument in ("dweight_ptr", "dbias_ptr")]
+    programs = H100 * WARPS_AT_ONCE // num_warps  # each writes one row of sums; 8192 tokens are enough for all
+    in_one_pass = kernel in (norm_forward_kernel, norm_backward_kernel)
+    return KernelSpec(
+        name=f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {features} {str(dtype).removeprefix('torch.')}",
+        fn=kernel,
+        signature=signature,
+        constexprs={k: v for k, v in constexprs.items() if k in kernel.arg_names} | dict.fromkeys(absent),
+        num_warps=num_warps,
+        divisible=tuple(signature),
+        bytes_moved=minimum + len(sums) * programs * features * 4 if in_one_pass else 0,
+        bytes_minimum=minimum if in_one_pass else 0,
+        shape=f"rows {tokens}, features {features}",
+    )
+
+
+def _sum_spec(features: int, dtype: torch.dtype) -> KernelSpec:
+    """The sums of one weight's gradient, from as many programs as run at once."""
+    programs = H100 * WARPS_AT_ONCE // block_of(features)[1]
+    moved = features * (4 * programs + dtype.itemsize)
+    return KernelSpec(
+        name=f"sum_partial {programs} {features}",
+        fn=sum_partial_kernel,
+        signature={"partial_ptr": "*fp32", "out_ptr": POINTER[dtype], "P": "i32", "N": "i32"},
+        constexprs={"WIDE": tl.float32, **sum_block()},
+        num_warps=4,
+        divisible=("partial_ptr", "out_ptr", "N"),
+        bytes_moved=moved,
+        bytes_minimum=moved,
+        shape=f"programs {programs}, features {features}",
+    )

@@ -1,0 +1,54 @@
+"""What the fast backend can run, and every reason why not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.fast.runtime import GPU_TYPES, triton_installed
+from lora.projection import NF4Weight, Projection
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OLDEST = (8, 0)  # the first compute capability that the kernels are compiled and checked for
+
+
+def reasons(arguments: Iterable[Any]) -> list[str]:
+    """Why the fast backend cannot run an operation on these arguments; empty where it can."""
+    found: dict[str, None] = {}  # a set that keeps its order
+    for tensor in tensors_in(arguments):
+        if type(tensor).__name__ == "DTensor":
+            found["a tensor is a DTensor: gather it, or shard with FSDP2, which hands operations local tensors"] = None
+        device = tensor.device
+        if device.type not in ("cpu", "meta", *GPU_TYPES):
+            found[f"a tensor is on {device}: only the CPU and CUDA or ROCm devices are supported"] = None
+        elif device.type in GPU_TYPES:
+            found |= dict.fromkeys(device_reasons(device))
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            found[f"a tensor is {tensor.dtype}: only {names} are supported"] = None
+    return list(found)
+
+
+@functools.cache
+def device_reasons(device: torch.device) -> tuple[str, ...]:
+    """Why kernels cannot run on a GPU: Triton is missing, or the GPU is older than they are checked for."""
+    found = []
+    if not triton_installed():
+        found.append(f"{device} needs Triton, which is not installed: pip install triton")
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST:
+        found.append(f"{device} has compute capability {capability}: the kernels need {OLDEST} or newer")
+    return tuple(found)
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments, those of projections included."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (Projection, NF4Weight)):
+            yield from tensors_in(argument)

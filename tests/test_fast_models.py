@@ -1,0 +1,223 @@
+"""Whole models of every fused family: the fused model trains and generates as the reference does, and comes apart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import assert_same, snapshot, tiny_llama
+from torch import Tensor, nn
+
+import lora
+import lora.fast
+from lora import LoRAConfig
+from lora.fast.inject import fuse, unfuse
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "head_dim": 8}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2"]
+IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+FLOAT32 = 2e-5  # a dozen layers' roundings of float32, which transformers' norms use even in a float64 model
+
+
+def build(family: str, **overrides: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, **TOKENS, **overrides)
+    model = AutoModelForCausalLM.from_config(config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if "norm" in name and "gemma" not in family else 0.0
+            parameter.copy_(0.2 * torch.randn(parameter.shape) + offset)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _on_fast():
+    """Patched forwards go through `lora.ops`: on the fast backend, unless a test says otherwise."""
+    with lora.use_backend("fast"):
+        yield
+
+
+def step(model: Any, labels: Tensor = IDS) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    output = model(IDS, labels=labels)
+    output.loss.backward()
+    return output.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def reference_step(model: Any, labels: Tensor = IDS) -> tuple[Tensor, dict[str, Tensor]]:
+    """A step of the unfused model on the reference alone."""
+    with lora.use_backend("reference"):
+        return step(lora.for_training(model), labels)
+
+
+def assert_close(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    assert abs(float(found[0] - expected[0])) <= FLOAT32 * abs(float(expected[0]))
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient.any(), name
+        assert float((found[1][name] - gradient).abs().max()) <= FLOAT32 * float(gradient.abs().max()), name
+
+
+VARIANTS = [
+    {},
+    {"lora_dropout": 0.3},
+    {"use_dora": True, "use_rslora": True, "lora_dropout": 0.2},
+    {"target_modules": ["q_proj", "down_proj", "qkv_proj"], "lora_dropout": 0.3},
+    {"target_modules": ["v_proj", "up_proj", "gate_up_proj", "lm_head"], "rank_pattern": {"lm_head": 2}},
+]
+
+
+def present(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The variant without the names that this family does not have."""
+    if "target_modules" not in options:
+        return options
+    ends = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
+    return options | {"target_modules": [name for name in options["target_modules"] if name in ends]}
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_model_trains_as_the_reference_does(family, options):
+    model = build(family)
+    before = snapshot(model)
+    torch.manual_seed(1)
+    lora.inject(model, LoRAConfig(r=4, lora_alpha=8, init_lora_weights=False, **present(model, options)))
+    labels = IDS.clone()
+    labels[0, :4] = -100
+    expected = reference_step(model, labels)
+    fused = lora.fast.for_training(model)
+    assert_close(step(fused, labels), expected)
+    assert model(IDS, labels=labels).logits is None  # never formed
+    with lora.use_backend("reference"):
+        assert_close(step(fused, labels), expected)  # one injected model runs on either backend
+    lora.fast.eject(model)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_and_evaluation_are_unchanged(family):
+    model = build(family)
+    lora.inject(model, LoRAConfig(r=4, init_lora_weights=False))
+    with lora.use_backend("reference"):
+        lora.for_inference(model)
+        logits, loss = model(IDS).logits, model(IDS, labels=IDS).loss
+        text = model.generate(IDS[:1], max_new_tokens=4, do_sample=False)
+    lora.fast.for_inference(model)
+    found = model(IDS, labels=IDS)
+    assert float((found.logits - logits).abs().max()) <= FLOAT32 * float(logits.abs().max())
+    assert abs(float(found.loss - loss)) <= FLOAT32 * float(loss)
+    assert torch.equal(model.generate(IDS[:1], max_new_tokens=4, do_sample=False), text)
+    assert isinstance(model.generate(IDS[:1], max_new_tokens=4, do_sample=False, use_cache=False), Tensor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_fused_and_says_how(family):
+    model = lora.inject(build(family), LoRAConfig(r=2))
+    fuse(model)
+    notes = model.lora_state.modes["fusion"].notes
+    text = " ".join(notes.values())
+    assert "left as it is" not in text
+    for part in ("RoPE in one pass", "RMSNorm in one pass", "gate, up and down", "loss without logits"):
+        assert part in text
+    assert ("q, k, v in one product" in text) == (family != "phi3")  # one matrix already
+    assert unfuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_state_dict_and_tied_weights_survive_fusing(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    lora.inject(model, LoRAConfig(r=2))
+    before, pointers = snapshot(model), {n: p for n, p in model.named_parameters()}
+    fuse(model)
+    assert_same(model, before)
+    assert all(p is pointers[n] for n, p in model.named_parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    q, k = model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj
+    assert q.weight.untyped_storage().data_ptr() == k.weight.untyped_storage().data_ptr()
+    lora.fast.merge_and_eject(model)
+    model.save_pretrained(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in model.named_parameters())
+
+
+def test_fusing_twice_is_fusing_once_and_unfusing_gives_memory_back():
+    model = lora.inject(tiny_llama(), LoRAConfig(r=2))
+    before = snapshot(model)
+    fuse(fuse(model))
+    unfuse(model)
+    assert not unfuse(model)
+    assert_same(model, before)
+    q, k = model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj
+    assert q.weight.untyped_storage().data_ptr() != k.weight.untyped_storage().data_ptr()
+
+
+def test_a_deep_copy_of_a_fused_model_is_its_own():
+    model = lora.inject(build("llama"), LoRAConfig(r=2, init_lora_weights=False))
+    lora.fast.for_training(model)
+    twin = copy.deepcopy(model)
+    expected = step(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert_close(step(twin), expected)
+    lora.fast.eject(twin)
+    assert not any("forward" in vars(module) for module in twin.modules())
+
+
+@pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
+def test_checkpointing_a_fused_model_is_bit_identical(mode):
+    model = lora.inject(build("llama"), LoRAConfig(r=4, lora_dropout=0.3, init_lora_weights=False))
+    loss, gradients = step(lora.fast.for_training(model))
+    again, found = step(lora.fast.for_training(model, checkpointing=mode))
+    assert torch.equal(loss, again)
+    for name, gradient in gradients.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_nf4_models_train_as_on_the_reference():
+    model = lora.quantize(build("llama").float())
+    lora.inject(model, LoRAConfig(r=4, lora_dropout=0.3, init_lora_weights=False))
+    expected = reference_step(model)
+    assert_close(step(lora.fast.for_training(model)), expected)
+
+
+def test_several_adapters_and_mixed_dropout_stay_right():
+    model = lora.inject(build("llama"), LoRAConfig(r=4, init_lora_weights=False, lora_dropout=0.2), "a")
+    lora.add_adapter(model, LoRAConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "up_proj"]), "b")
+    for names in (["a", "b"], "b"):
+        lora.set_adapter(model, names)
+        expected = reference_step(model)
+        assert_close(step(lora.fast.for_training(model)), expected)
+
+
+def test_token_normalisation_over_an_accumulated_batch():
+    model = lora.inject(build("llama"), LoRAConfig(r=4, init_lora_weights=False))
+    whole = step(lora.fast.for_training(model))
+    model.zero_grad()
+    for row in IDS:
+        model(row[None], labels=row[None], num_items_in_batch=torch.tensor(16)).loss.backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert float((p.grad - whole[1][name]).abs().max()) <= FLOAT32 * float(whole[1][name].abs().max()), name
+
+
+def test_a_family_nobody_knows_keeps_its_forward():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64)).double().eval()
+    lora.inject(model, LoRAConfig(r=4, init_lora_weights=False, lora_dropout=0.2))
+    torch.manual_seed(0)
+    expected = reference_step(model)
+    with_fast = lora.fast.for_training(model)
+    assert model.lora_state.modes["fusion"].forwards == []
+    assert_close(step(with_fast), expected)

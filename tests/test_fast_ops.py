@@ -1,0 +1,285 @@
+"""Both backends, operation by operation: outputs and every gradient agree in float64, over inputs Hypothesis draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lora.fast as fast
+import lora.reference as reference
+from lora.fast.linear import rows_of_one
+from lora.fast.loss import CHUNK_BYTES
+from lora.projection import Dropout, Projection
+from lora.reference.loss import warn_nothing_counts
+
+F64 = torch.float64
+TOLERANCE = 1e-11  # float64 rounds by 1e-16, and no sum here has more than a few hundred terms of order one
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64)
+
+
+def projection(
+    out: int, fan_in: int, rank: int = 3, bias: bool = False, dora: bool = False, nf4: bool = False, scaling: float = 1.7
+) -> Projection:
+    """rank 0 is a projection without an adapter."""
+    weight: Any = normal(out, fan_in)
+    if nf4:
+        weight = reference.nf4_quantize(weight.float())
+    return Projection(
+        weight,
+        normal(out).requires_grad_() if bias else None,
+        normal(rank, fan_in).requires_grad_() if rank else None,
+        normal(out, rank).requires_grad_() if rank else None,
+        scaling,
+        (torch.rand(out, dtype=F64) + 0.5).requires_grad_() if dora and rank else None,
+    )
+
+
+def leaves(*things: Any) -> list[Tensor]:
+    flat = [t for thing in things for t in (thing if isinstance(thing, tuple) else (thing,))]
+    return [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
+
+
+def assert_agree(operation: str, *arguments: Any, **options: Any) -> None:
+    """The fast operation and the reference: same outputs, same gradients for the same random dy."""
+    wanted = leaves(*arguments)
+    results = []
+    for backend in (reference, fast):
+        outputs = getattr(backend, operation)(*arguments, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(99)
+        dys = [torch.randn(output.shape, dtype=output.dtype) for output in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, wanted, dys)])
+    for expected, found in zip(*results, strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
+        assert torch.equal(torch.isfinite(found), torch.isfinite(expected))
+        assert float((found - expected).detach().abs().max() if found.numel() else 0.0) <= TOLERANCE * max(scale, 1e-9)
+
+
+rates = st.sampled_from([None, Dropout(0.3, 7), Dropout(0.5, 2**61 + 5, stream=3)])
+kinds = st.fixed_dictionaries({"bias": st.booleans(), "dora": st.booleans()})
+tokens = st.sampled_from([(0,), (1,), (5,), (2, 3)])
+
+
+@given(tokens, st.integers(1, 30), st.integers(1, 20), st.integers(0, 5), kinds, rates, st.booleans())
+def test_lora_linear(shape, fan_in, out, rank, kind, dropout, nf4):
+    x = normal(*shape, fan_in).requires_grad_()
+    assert_agree("lora_linear", x, projection(out, fan_in, rank, nf4=nf4, **kind), dropout=dropout)
+
+
+@given(tokens, st.lists(st.integers(0, 4), min_size=3, max_size=3), kinds, rates, st.booleans(), st.booleans())
+def test_lora_qkv(shape, ranks, kind, dropout, nf4, stacked):
+    x = normal(*shape, 12).requires_grad_()
+    q, k, v = (projection(o, 12, r, nf4=nf4, **kind) for o, r in zip((16, 8, 8), ranks, strict=True))
+    if stacked and not nf4:
+        rows = normal(32, 12)
+        q, k, v = (p._replace(weight=w) for p, w in zip((q, k, v), rows.split([16, 8, 8]), strict=True))
+        assert rows_of_one([q.weight, k.weight, v.weight]).shape == (32, 12)
+    assert_agree("lora_qkv", x, q, k, v, dropout=dropout)
+
+
+@given(
+    tokens, st.lists(st.integers(0, 4), min_size=3, max_size=3), kinds, rates,
+    st.sampled_from(["silu", "gelu", "gelu_tanh"]), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_lora_mlp(shape, ranks, kind, dropout, activation, nf4, stacked):
+    x = normal(*shape, 12).requires_grad_()
+    gate, up = (projection(20, 12, r, nf4=nf4, **kind) for r in ranks[:2])
+    if stacked and not nf4:
+        gate, up = (p._replace(weight=w) for p, w in zip((gate, up), normal(40, 12).chunk(2), strict=True))
+    down = projection(12, 20, ranks[2], nf4=nf4, **kind)
+    assert_agree("lora_mlp", x, gate, up, down, activation=activation, dropout=dropout)
+
+
+@given(tokens, st.booleans(), st.sampled_from([None, 3, -1]), st.integers(1, 5))
+def test_lora_embedding(shape, dora, padding_idx, rank):
+    ids = torch.randint(11, shape)
+    table = projection(11, 6)._replace(
+        lora_A=normal(rank, 11).requires_grad_(),
+        lora_B=normal(6, rank).requires_grad_(),
+        magnitude=(torch.rand(6, dtype=F64) + 0.5).requires_grad_() if dora else None,
+    )
+    assert_agree("lora_embedding", ids, table, padding_idx=padding_idx)
+
+
+@given(tokens, st.sampled_from([0.0, 1.0]), st.booleans(), st.booleans())
+def test_rms_norm(shape, offset, rounds, with_residual):
+    x, weight = normal(*shape, 9).requires_grad_(), normal(9).requires_grad_()
+    residual = normal(*shape, 9).requires_grad_() if with_residual else None
+    for name in ("x", "weight"):  # a frozen norm, and a first layer
+        dx, dweight = name == "x", name == "weight"
+        wanted = [t for t, use in ((x, dx), (weight, dweight)) if use]
+        results = []
+        for backend in (reference, fast):
+            out = backend.rms_norm(x, weight, offset=offset, round_before_weight=rounds, residual=residual)
+            ys = out if isinstance(out, tuple) else (out,)
+            torch.manual_seed(5)
+            results.append([*ys, *torch.autograd.grad(ys, wanted, [normal(*y.shape) for y in ys])])
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    if residual is not None:
+        y, s = fast.rms_norm(x, weight, residual=residual)
+        (dresidual,) = torch.autograd.grad((y, s), residual, (torch.ones_like(y), torch.ones_like(s)))
+        y, s = reference.rms_norm(x, weight, residual=residual)
+        (expected,) = torch.autograd.grad((y, s), residual, (torch.ones_like(y), torch.ones_like(s)))
+        torch.testing.assert_close(dresidual, expected, rtol=1e-11, atol=1e-11)
+
+
+@given(st.sampled_from([8, 4]), st.booleans(), st.booleans(), st.integers(1, 5))
+def test_rope(rot, interleaved, by_position, seq):
+    q, k = normal(2, seq, 4, 8).requires_grad_(), normal(2, 2, seq, 8).requires_grad_()  # q is used transposed
+    angles = normal(9, rot // 2)
+    angles = angles.repeat_interleave(2, dim=1) if interleaved else torch.cat([angles, angles], dim=1)
+    positions = torch.randint(9, (2, seq)) if by_position else None
+    table = angles if by_position else angles[:seq]
+    arguments = (q.transpose(1, 2), k, table.cos(), table.sin())
+    results = []
+    for backend in (reference, fast):
+        out = backend.rope(*arguments, position_ids=positions, interleaved=interleaved)
+        torch.manual_seed(5)
+        results.append([*out, *torch.autograd.grad(out, (q, k), [normal(*o.shape) for o in out])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+LOSSES = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"num_items": 17},
+    {"softcap": 3.0, "logit_scale": 0.5},
+    {"label_smoothing": 0.2, "softcap": 2.0, "reduction": "none"},
+    {"label_smoothing": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=str)
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [None, Dropout(0.4, 3)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_linear_cross_entropy(monkeypatch, options, dora, dropout, rank):
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 3 * 30 * 8)  # three tokens a chunk
+    hidden = normal(2, 5, 12).requires_grad_()
+    labels = torch.randint(30, (2, 5))
+    labels[0, 1] = labels[1, 3] = -100
+    head = projection(30, 12, rank, bias=True, dora=dora)
+    head = head._replace(weight=head.weight.requires_grad_())
+    assert_agree("linear_cross_entropy", hidden, head, labels, dropout=dropout, **options)
+
+
+def test_linear_cross_entropy_with_nothing_to_learn():
+    hidden, head = normal(3, 12).requires_grad_(), projection(30, 12)
+    warn_nothing_counts.cache_clear()  # it is said once in a process
+    with pytest.warns(UserWarning, match="its loss is 0"):
+        loss = fast.linear_cross_entropy(hidden, head, torch.full((3,), -100))
+    assert float(loss) == 0
+    (dx,) = torch.autograd.grad(loss, hidden)
+    assert not dx.any()
+
+
+@given(st.lists(st.integers(-1, 2), min_size=1, max_size=6), st.sampled_from([(), (3,)]), st.booleans())
+def test_multi_lora_linear(index, inner, nf4):
+    x = normal(len(index), *inner, 12).requires_grad_()
+    base = projection(16, 12, 0, bias=True, nf4=nf4)
+    A, B = normal(3, 4, 12).requires_grad_(), normal(3, 16, 4).requires_grad_()
+    assert_agree("multi_lora_linear", x, base, A, B, torch.tensor([1.0, 2.0, 0.5]), torch.tensor(index))
+
+
+@given(st.integers(0, 40), st.integers(0, 2**63), st.integers(0, 5), st.sampled_from([0.1, 0.5, 0.999, 1e-4]))
+def test_dropout_masks_are_the_same_bits(count, seed, stream, p):
+    masks = [backend.dropout_mask((count, 3), p, seed, stream=stream) for backend in (reference, fast)]
+    assert torch.equal(*masks)
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 70), st.sampled_from([32, 64, 128]), st.booleans(),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)  # fmt: skip
+def test_nf4_decodes_to_the_same_bits(rows, columns, block_size, double_quant, dtype):
+    weight = torch.randn(rows, columns)
+    weight[rows // 2] = 0
+    quantised = fast.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
+    for part, expected in zip(quantised, reference.nf4_quantize(weight, block_size=block_size, double_quant=double_quant),
+                              strict=True):  # fmt: skip
+        assert torch.equal(part, expected) if isinstance(part, Tensor) else part == expected
+    assert torch.equal(fast.nf4_dequantize(quantised, dtype), reference.nf4_dequantize(quantised, dtype))
+
+
+# ---- what is kept for the backward
+
+
+def saved_numbers(function: Any) -> int:
+    """How many numbers autograd keeps for the backward of a call, each storage counted once, parameters not at all."""
+    seen: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if not isinstance(x, torch.nn.Parameter):
+            seen[x.data_ptr()] = max(seen.get(x.data_ptr(), 0), x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function()
+    return sum(seen.values())
+
+
+def frozen(p: Projection) -> Projection:
+    """The projection's tensors as parameters, so that keeping them costs nothing."""
+    return Projection(*(torch.nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, Tensor) else t for t in p))
+
+
+@pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7)])
+def test_saved_bytes_are_those_of_the_docstrings(dropout):
+    T, fan_in, hidden, r = 7, 12, 20, 3
+    x = normal(T, fan_in).requires_grad_()
+    linear = frozen(projection(16, fan_in, r, bias=True))
+    assert saved_numbers(lambda: fast.lora_linear(x, linear, dropout=dropout)) == T * (fan_in + r)
+    assert saved_numbers(lambda: fast.lora_linear(x, frozen(projection(16, fan_in, 0)))) == 0
+    q, k, v = (frozen(projection(8, fan_in, r)) for _ in range(3))
+    assert saved_numbers(lambda: fast.lora_qkv(x, q, k, v, dropout=dropout)) == T * (fan_in + 3 * r)
+    gate, up, down = (frozen(projection(o, i, r)) for o, i in ((hidden, fan_in), (hidden, fan_in), (fan_in, hidden)))
+    mlp = saved_numbers(lambda: fast.lora_mlp(x, gate, up, down, activation="silu", dropout=dropout))
+    assert mlp == T * (fan_in + 2 * hidden + 3 * r)
+    weight = torch.nn.Parameter(normal(fan_in), requires_grad=False)
+    assert saved_numbers(lambda: fast.rms_norm(x, weight)) == T * (fan_in + 1)
+    labels = torch.randint(16, (T,))
+    head = frozen(projection(16, fan_in, 0))
+    assert saved_numbers(lambda: fast.linear_cross_entropy(x, head, labels)) == T * fan_in + T  # dx, and which count
+
+
+def test_only_what_is_needed_is_computed():
+    """A frozen x and frozen adapters get no gradient, and nothing is computed for them."""
+    x, p = normal(5, 12), projection(16, 12)
+    h = fast.lora_linear(x, p)
+    h.sum().backward()
+    assert x.grad is None and p.lora_A.grad is not None
+    p.lora_A.requires_grad_(False)
+    x.requires_grad_()
+    dB, dx = torch.autograd.grad(fast.lora_linear(x, p).sum(), (p.lora_B, x))
+    assert dB.any() and dx.any()
+
+
+def test_a_second_backward_gives_the_right_answer():
+    x = normal(5, 12).requires_grad_()
+    parts = [projection(o, i) for o, i in ((20, 12), (20, 12), (12, 20))]
+    y = fast.lora_mlp(x, *parts, activation="silu").sum()
+    first = torch.autograd.grad(y, leaves(x, *parts), retain_graph=True)
+    second = torch.autograd.grad(y, leaves(x, *parts))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_callers_tensors_are_theirs():
+    x, p = normal(5, 12).requires_grad_(), projection(16, 12, bias=True, dora=True)
+    before = [t.detach().clone() for t in (x, *(t for t in p if isinstance(t, Tensor)))]
+    dy = normal(5, 16)
+    kept = dy.clone()
+    fast.lora_linear(x, p, dropout=Dropout(0.3, 1)).backward(dy)
+    after = [x, *(t for t in p if isinstance(t, Tensor))]
+    assert torch.equal(dy, kept) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
