@@ -214,10 +214,10 @@ def _write(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], t
 
 
 def _replace(folder: Path, new_weights: Path, new_config: Path, old_weights: Path) -> None:
-    """Moves the two files to their places. Only a crash between the two moves leaves one new and one old, which the
-    digests show."""
+    """Moves the two files to their places; only a crash between the two moves leaves one of each, and digests tell."""
     weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     replaced = weights.exists()
+    old_weights.unlink(missing_ok=True)  # a crash may have left one
     with suppress(OSError):  # not every file system has links: then a failure is like a crash
         old_weights.hardlink_to(weights)
     new_weights.replace(weights)

@@ -223,6 +223,8 @@ def generate(options: argparse.Namespace) -> None:
         raise LoRAError(f"--max-new-tokens is {options.max_new_tokens}, expected an integer >= 1.")
     if not 0 <= options.temperature <= 100:
         raise LoRAError(f"--temperature is {options.temperature}, expected a number in [0, 100].")
+    if options.system is not None and not options.chat_template:
+        raise LoRAError("--system needs the chat template: leave out --no-chat-template, or --system.")
     prompts = read_prompts(options)
     from lora.train.sampling import answer
 

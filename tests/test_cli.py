@@ -120,8 +120,6 @@ def test_generate(files: dict[str, Path], tmp_path: Path, capsys: Any, monkeypat
     assert several.startswith(f"> what is one ?\n{one.strip()}\n\n> hello\n")  # padding changes nothing
     assert command("generate", "--model", files["model"], "--max-new-tokens", 12, "what is one ?") == 0
     assert capsys.readouterr().out != one
-    assert command(*base, "--no-chat-template", "what is one ?") == 0
-    assert capsys.readouterr().out != one
     drawn = []
     for seed in (1, 1, 2):
         assert command(*base, "--temperature", 5, "--seed", seed, "what is one ?") == 0
@@ -309,6 +307,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no tokens": (["generate", "--model", "MODEL", "--max-new-tokens", "0", "hello"], "expected an integer >= 1"),
     "tokens in words": (["generate", "--model", "MODEL", "--max-new-tokens", "few", "hello"], "invalid int value: 'few'"),
     "temperature": (["generate", "--model", "MODEL", "--temperature", "-1", "hello"], "expected a number in [0, 100]"),
+    "system without chat": (
+        ["generate", "--model", "MODEL", "--system", "a", "--no-chat-template", "hello"],
+        "--system needs the chat template",
+    ),
     "no such adapter": (["generate", "--model", "MODEL", "--adapter", "none", "hello"], "none"),
     "adapter of another model": (["generate", "--model", "MODEL", "--adapter", "TIED", "hello"], "another base model"),
     "a model as the adapter": (["merge", "--model", "MODEL", "--adapter", "MODEL", "--output", "OUT"], "adapter_config"),

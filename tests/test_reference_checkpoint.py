@@ -121,6 +121,20 @@ def test_what_the_function_saves_is_let_go() -> None:
     assert same(torch.autograd.grad(y.sum(), x), torch.autograd.grad(z.sum(), x))
 
 
+def test_what_the_second_run_saves_is_let_go_as_the_backward_uses_it() -> None:
+    storages: list[weakref.ref[Any]] = []
+
+    def function(x: Tensor) -> Tensor:
+        a = x.exp()
+        storages.append(weakref.ref(a.untyped_storage()))
+        return a.sin()
+
+    x = torch.randn(4, requires_grad=True)
+    y = checkpoint(function, x).sum()
+    y.backward(retain_graph=True)  # the graph stays, and so does what it needs to run once more
+    assert [ref() for ref in storages] == [None, None]
+
+
 def test_the_input_of_an_inner_checkpoint_is_let_go() -> None:
     inputs: list[weakref.ref[Tensor]] = []
 
@@ -208,6 +222,15 @@ def test_without_gradients_the_function_is_simply_called() -> None:
     assert not y.requires_grad and len(made) == 2
 
 
+def test_without_gradients_no_attention_is_kept() -> None:
+    def function(x: Tensor) -> Tensor:
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        return x.exp()
+
+    with torch.no_grad():
+        checkpoint(function, torch.randn(4), selective=True)
+
+
 def test_the_backward_leaves_the_generator_alone() -> None:
     x = torch.randn(100, requires_grad=True)
     torch.manual_seed(1)
@@ -284,6 +307,17 @@ def test_a_function_that_changes_is_refused(second: Any, message: str, options: 
     y = checkpoint(Changing(lambda x: x.exp().sin(), second), x, **options)
     with pytest.raises(LoRAError, match=message):
         y.sum().backward()
+
+
+def test_a_refused_second_run_stays_refused() -> None:
+    def more(x: Tensor) -> Tensor:
+        return x.exp().sin().cos()
+
+    x = torch.randn(4, requires_grad=True)
+    y = checkpoint(Changing(lambda x: x.exp().sin(), more, more), x).sum()
+    for _ in range(2):
+        with pytest.raises(LoRAError, match="second run saves more tensors"):
+            torch.autograd.grad(y, x, retain_graph=True)
 
 
 def test_an_error_in_the_second_run_leaves_everything_as_it_was() -> None:

@@ -28,6 +28,7 @@ from lora.train.loss import NextTokenLoss
 from lora.train.plot import running_mean
 from lora.train.progress import Control, clock, read_metrics
 from lora.train.quiet import quiet
+from lora.train.sampling import answer, render
 
 EXAMPLES = 48
 STEPS = 12
@@ -77,7 +78,7 @@ def test_a_run_learns_and_leaves_its_files(files: dict[str, Path], tmp_path: Pat
     config = settings(files, output, eval_every=6, save_every=5, tensorboard=True, sample_prompts=("hello",))
     result = run(config, console, on_finished=lambda model, _: kept.append(model))
     assert result.loss_before is not None and result.loss_after is not None
-    assert result.loss_after < result.loss_before - 0.3
+    assert result.loss_after < result.loss_before - 0.1
     names = {path.name for path in output.iterdir()}
     assert names >= {"run.yaml", "adapter", "metrics.jsonl", "loss.png", "result.json", "samples.md", "samples.json"}
     assert names >= {"tensorboard", "checkpoint-10", "checkpoint-12"}
@@ -529,6 +530,37 @@ def test_flags_are_read_by_type() -> None:
     assert TrainConfig(model="m", data="d", target_modules=".*q_proj").target_modules == ".*q_proj"
     with pytest.raises(LoRAError, match="name=number pairs"):
         parse_flag("alpha_pattern", "q_proj")
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_rendered_as_the_chat_template_does() -> None:
+    tokenizer = tiny_tokenizer()
+    said = "<|im_start|>user hello<|im_end|><|im_start|>assistant "
+    assert render(tokenizer, "hello", chat=True) == said
+    assert render(tokenizer, "hello", chat=False) == "hello"
+    assert render(tokenizer, [{"role": "user", "content": "hello"}], chat=False) == said
+    with pytest.raises(LoRAError, match="has no chat template"):
+        render(tiny_tokenizer(chat=False), "hello", chat=True)
+
+
+def test_greedy_answers_are_the_likeliest_tokens_and_leave_the_model_in_its_mode(files: dict[str, Path]) -> None:
+    model, tokenizer = lora.load(files["model"])
+    lora.inject(model, lora.LoRAConfig(r=4, lora_dropout=0.5, init_lora_weights=False))
+    lora.for_training(model)
+    with quiet():
+        (text,) = answer(model, tokenizer, ["one two"], max_new_tokens=6, chat=False)
+    assert model.training and model.model.layers[0].self_attn.q_proj.training
+    ids, ended = tokenizer("one two", return_tensors="pt")["input_ids"], False
+    model.eval()
+    with torch.no_grad():
+        for _ in range(6):
+            following = model(ids).logits[:, -1:].argmax(-1)
+            ended = ended or following.item() == tokenizer.eos_token_id
+            ids = ids if ended else torch.cat([ids, following], dim=1)
+    assert text == tokenizer.decode(ids[0, 2:], skip_special_tokens=True).strip()
+    assert tokenizer.padding_side == "right"
 
 
 # ---- small parts -----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora.fast.checkpoint import product_is_wanted
 from lora.fast.dora import dora_norm
 from lora.fast.dropout import KeepRows, add_dropped_, apply_dropout
 from lora.fast.nf4 import decode_into, workspace
@@ -90,8 +91,9 @@ class LoRAGroup(torch.autograd.Function):
         parts = packed(static, tensors)
         rows = as_rows(x)  # [tokens, in]
         wants_m = [ctx.needs_input_grad[3 + TENSORS * i + 4] for i in range(len(parts))]
-        outputs, kept = forward_group(rows, parts, dropout, wants_m)
         trains = any(ctx.needs_input_grad[3:])
+        wanted = product_is_wanted(saved_by(parts, wants_m) + trains)
+        outputs, kept = forward_group(rows, parts, dropout, wants_m, wanted)
         ctx.save_for_backward(rows if trains else None, *tensors, kept.su, *kept.gains, *kept.norms, *kept.adapted)
         ctx.static, ctx.dropout, ctx.shape = static, dropout, x.shape
         return tuple(h.view(*x.shape[:-1], h.shape[1]) for h in outputs)
@@ -110,14 +112,25 @@ class LoRAGroup(torch.autograd.Function):
 
 
 def forward_group(
-    rows: Tensor, parts: Sequence[Part], dropout: Dropout | KeepRows | None, keeps_adapted: Sequence[bool]
+    rows: Tensor,
+    parts: Sequence[Part],
+    dropout: Dropout | KeepRows | None,
+    keeps_adapted: Sequence[bool],
+    wanted: bool = True,
 ) -> tuple[list[Tensor], Kept]:
-    """h_i = x W_iᵀ + b_i + s_i · (D(x) A_iᵀ) B_iᵀ of each part; outputs may be column slices of one buffer."""
+    """h_i = x W_iᵀ + b_i + s_i · (D(x) A_iᵀ) B_iᵀ of each part; outputs may be column slices of one buffer.
+
+    Args:
+        wanted: False where only what is kept matters; the outputs are then left as they are in memory.
+    """
     dtype = rows.dtype
     adapted_input, su = rows, None
     if any(part.rank for part in parts):
         adapted_input = apply_dropout(rows, dropout)
         su = torch.mm(adapted_input, stacked_A(parts, dtype, scaled=True).T)  # [tokens, Σ r]
+    if not wanted and all(part.magnitude is None for part in parts):
+        none = (None,) * len(parts)
+        return [rows.new_empty(len(rows), part.out_features) for part in parts], Kept(su, none, none, none)
     outputs = products(rows, parts)
     thin = [None] * len(parts) if su is None else su.split([part.rank for part in parts], dim=1)
     gains, norms, adapted = [], [], []
@@ -138,6 +151,12 @@ def forward_group(
         norms.append(norm)
         adapted.append(z if keeps_adapted[i] else None)
     return outputs, Kept(su, tuple(gains), tuple(norms), tuple(adapted))
+
+
+def saved_by(parts: Sequence[Part], keeps_adapted: Sequence[bool]) -> int:
+    """How many tensors a group keeps besides x: those of its projections, su, and DoRA's."""
+    given = sum(tensor is not None for part in parts for tensor in part[:TENSORS])
+    return given + any(part.rank for part in parts) + 2 * sum(p.magnitude is not None for p in parts) + sum(keeps_adapted)
 
 
 def rescale_(h: Tensor, rows: Tensor, dropped: Tensor, dense: Tensor, su: Tensor, B: Tensor, gain: Tensor) -> Tensor:

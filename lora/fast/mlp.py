@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.fast.linear import TENSORS, Kept, as_rows, backward_group, forward_group, packed, unpacked
+from lora.fast.checkpoint import product_is_wanted
+from lora.fast.linear import TENSORS, Kept, as_rows, backward_group, forward_group, packed, saved_by, unpacked
 from lora.fast.runtime import runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.mlp import check_activation, hidden_dropout
@@ -46,7 +47,8 @@ class LoRAMLP(torch.autograd.Function):
         wants_m = [ctx.needs_input_grad[4 + TENSORS * i + 4] for i in range(3)]
         (g, z), above = forward_group(rows, parts[:2], dropout, wants_m[:2])
         h = gated_forward(g, z, activation)  # [tokens, hidden]
-        (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:])
+        wanted = product_is_wanted(3 + saved_by(parts[:2], wants_m[:2]) + saved_by(parts[2:], wants_m[2:]))
+        (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted)
         small = (above.su, *above.gains, *above.norms, *above.adapted)
         small += (below.su, *below.gains, *below.norms, *below.adapted)
         ctx.save_for_backward(rows, g, z, *tensors, *small)

@@ -69,10 +69,24 @@ def checkpoint(
     FLOPs: one more forward (less attention with `selective`). Saved for backward: the tensor arguments, 5 kB of
         generator state, with `selective` attention's outputs; all the function saves while its backward runs.
     """
+    return run_checkpointed(Run, function, args, kwargs, offload, selective)
+
+
+def run_checkpointed(
+    kind: type[Run],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    offload: bool,
+    selective: bool,
+) -> Any:
+    """The first run, under hooks that note what it saves."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    run = Run(function, args, kwargs, offload, selective)
-    with saved_tensors_hooks(run.pack, run.unpack), run.keep_attention():
+    run = kind(function, args, kwargs, offload, selective)
+    with ExitStack() as stack:
+        for each in run.first_surroundings():
+            stack.enter_context(each)
         result = function(*args, **kwargs)
     run.finished = True
     return result
@@ -99,13 +113,26 @@ class Run:
         selective: bool,
     ) -> None:
         self.function = function
-        self.inputs = Inputs(args, kwargs, offload)
+        self.inputs = self.inputs_of(args, kwargs, offload)
         self.generators = generator_states(self.inputs.devices)
         self.autocast = autocast_states(self.inputs.devices)
         self.attention: list[tuple[str, Any]] | None = [] if selective else None
         self.saved: list[Saved] = []  # in order: a tensor's number is its place here
         self.recomputed: dict[int, tuple[Tensor, int]] = {}  # number -> tensor, its version when it was saved
         self.finished = False
+
+    def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool) -> Inputs:
+        """How the arguments are kept."""
+        return Inputs(args, kwargs, offload)
+
+    def first_surroundings(self) -> list[AbstractContextManager[Any]]:
+        """What the first run runs in."""
+        return [saved_tensors_hooks(self.pack, self.unpack), self.keep_attention()]
+
+    def surroundings(self) -> list[AbstractContextManager[Any]]:
+        """What the second run runs in: the first one's surroundings again."""
+        again = [generators_at(self.generators), self.autocast_again(), torch.enable_grad(), self.replay_attention()]
+        return list(again)
 
     def pack(self, x: Tensor) -> int:
         """First run: note the tensor, and let it go."""
@@ -141,15 +168,9 @@ class Run:
             return x.detach()
 
         args, kwargs = self.inputs.restore()
-        surroundings = (
-            generators_at(self.generators),
-            self.autocast_again(),
-            torch.enable_grad(),
-            self.replay_attention(),
-        )
         try:
             with ExitStack() as stack:
-                for each in surroundings:
+                for each in self.surroundings():
                     stack.enter_context(each)
                 with saved_tensors_hooks(keep, lambda x: x):
                     self.function(*args, **kwargs)
@@ -218,7 +239,7 @@ class Inputs:
         kept = []
         for place in self.places:
             x, self.leaves[place] = self.leaves[place].detach(), None
-            kept.append(x.to("cpu") if offload and place < positional else x)
+            kept.append(self.away(x) if offload and place < positional else x)
         anchor = torch.empty(0, requires_grad=True)
         self.keeper: Any = Keep.apply(anchor, *kept)  # type: ignore[no-untyped-call]
 
@@ -226,10 +247,18 @@ class Inputs:
         """The arguments as they were, on their devices, cut from the graph."""
         leaves = list(self.leaves)
         kept = zip(self.places, self.keeper.grad_fn.saved_tensors, self.homes, self.requires_grad, strict=True)
-        for place, x, home, requires_grad in kept:
-            leaves[place] = x.to(home).detach().requires_grad_(requires_grad)
+        for number, (place, x, home, requires_grad) in enumerate(kept):
+            leaves[place] = self.back(number, x, home).detach().requires_grad_(requires_grad)
         args, kwargs = tree_unflatten(leaves, self.structure)
         return args, kwargs
+
+    def away(self, x: Tensor) -> Tensor:
+        """A tensor in host memory."""
+        return x.to("cpu")
+
+    def back(self, number: int, x: Tensor, home: torch.device) -> Tensor:
+        """The tensor that was kept as number `number`, on the device it came from."""
+        return x.to(home)
 
 
 class Keep(torch.autograd.Function):

@@ -292,7 +292,7 @@ def _remember_biases(model: nn.Module, config: LoRAConfig, targets: dict[str, nn
     """Notes the base's values of every bias that will train, so that they can be put back."""
     if config.bias == "none":
         return
-    biases = {}
+    biases: dict[str, Bias] = {}
     for path, module in walk(model):
         base = module.base_layer if isinstance(module, (AdapterLayer, SavedModule)) else module
         bias = base._parameters.get("bias")

@@ -110,20 +110,25 @@ def test_the_ends_of_the_range(activation: str, dtype: torch.dtype, device: str)
     assert torch.equal(dg.cpu(), torch.tensor([[0, 0, 0, 0.5, 1, 1, 1]], dtype=dtype))
 
 
-def test_results_go_into_halves_of_one_buffer_and_nowhere_else(device: str) -> None:
+@pytest.mark.parametrize("halves", [True, False])
+def test_results_go_into_slices_and_nowhere_else(halves: bool, device: str) -> None:
+    """dg and dz side by side in one buffer, as the stacked gate and up want them; and each in a buffer of its width."""
     gz = normal(9, 2 * 12, dtype=torch.float32).to(device)
     g, z = gz[:, :12], gz[:, 12:]
     dh = normal(9, 12, dtype=torch.float32).to(device)
-    wide = torch.full((9, 40), float("nan"), device=device)
-    h_buffer = torch.full((9, 16), float("nan"), device=device)
-    dg, dz, h = gated_backward(dh, g, z, "silu", dg=wide[:, 4:16], dz=wide[:, 16:28], h=h_buffer[:, :12])
+    buffers = [torch.full((9, width), float("nan"), device=device) for width in (40, 29, 16, 14)]
+    starts = (4, 16 if halves else 3, 1, 2)
+    if halves:
+        buffers[1] = buffers[0]
+    places = [buffer[:, start : start + 12] for buffer, start in zip(buffers, starts, strict=True)]
+    found = gated_backward(dh, g, z, "silu", dg=places[0], dz=places[1], h=places[2])
+    out = gated_forward(g, z, "silu", out=places[3])
     expected = gated_backward(dh, g.contiguous(), z.contiguous(), "silu", with_h=True)
-    assert dg.data_ptr() == wide[:, 4:].data_ptr() and h is not None and h.data_ptr() == h_buffer.data_ptr()
-    for one, other in zip((dg, dz, h), expected, strict=True):
-        assert other is not None and torch.equal(one, other)
-    assert wide[:, :4].isnan().all() and wide[:, 28:].isnan().all() and h_buffer[:, 12:].isnan().all()
-    out = gated_forward(g, z, "silu", out=h_buffer[:, 2:14])
-    assert torch.equal(out, h_buffer[:, 2:14]) and torch.equal(out, expected[2])
+    assert all(one is place for one, place in zip((*found, out), places, strict=True))
+    for place, exact in zip(places, (*expected, expected[2]), strict=True):
+        assert exact is not None and torch.equal(place, exact)
+        place.fill_(float("nan"))  # and nothing else was written
+    assert all(buffer.isnan().all() for buffer in buffers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -168,9 +168,7 @@ def _wide(
 ) -> Tensor:  # fmt: skip
     """D(scale · u b) + x w + bias, with w [K, N] and b [R, N]."""
     (K, N), R, lead = w.shape, b.shape[0], x.shape[:-1]
-    check_operands(
-        {"x": x, "weight": w, "u": u, "factor": b}, {"x": [*lead, K], "u": [*lead, R], "factor": [R, N]}
-    )
+    check_operands({"x": x, "weight": w, "u": u, "factor": b}, {"x": [*lead, K], "u": [*lead, R], "factor": [R, N]})
     if bias is not None and list(bias.shape) != [N]:
         raise LoRAError(f"bias is {list(bias.shape)}, expected [{N}]: one number for each output feature.")
     h = torch.empty((*lead, N), dtype=x.dtype, device=x.device) if out is None else out
@@ -307,7 +305,7 @@ def sum_tile_for(N: int, r: int, dtype: torch.dtype) -> tuple[Tile, int]:
     width = 128 if N >= 2048 else 64
     if dtype == torch.float32:
         return Tile(32, 64, 0, 4, 3), rank_block(r)
-    return Tile(64, width, 0, 8 if width == 128 else 4, 4), rank_block(r)
+    return Tile(64, width, 0, 8 if width == 128 else 4, 4 if r <= 32 else 3), rank_block(r)
 
 
 def token_splits(tokens: int, N: int, r: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -503,14 +501,14 @@ SMALL = (("forward", 256), ("backward", 512), ("forward", 64))  # batches that t
 
 def compile_specs(target: str = "sm_90") -> list[KernelSpec]:
     """What the launchers compile for Llama-3.1-8B with r = 16 on 8192 tokens, with `target`'s tiles."""
-    half = (torch.bfloat16, torch.float16)
-    specs = [_gemm_spec(dtype, target, form) for dtype in (*half, torch.float32) for form in ("forward", "backward")]
-    specs += [_gemm_spec(torch.bfloat16, target, form) for form in ("forward bias", "backward dropout")]
-    specs += [_gemm_spec(torch.bfloat16, target, form, tokens) for form, tokens in SMALL]
-    specs += [_skinny_spec(dtype, *how) for dtype in (*half, torch.float32) for how in ((8192, 16, 0.0), (8192, 16, 0.1))]
-    specs += [_skinny_spec(torch.bfloat16, *how) for how in ((8192, 48, 0.0), (4096, 16, 0.1), (512, 16, 0.1))]
-    specs += [_sum_spec(dtype, 4096, 16, p) for dtype in (*half, torch.float32) for p in (0.0, 0.1)]
-    specs += [_sum_spec(torch.bfloat16, *how) for how in ((14336, 16, None), (1024, 16, None), (4096, 64, 0.0))]
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    specs = [_gemm_spec(dtype, target, form) for dtype in (bf16, fp32) for form in ("forward", "backward")]
+    specs += [_gemm_spec(bf16, target, form) for form in ("forward bias", "backward dropout")]
+    specs += [_gemm_spec(fp16, target, "forward"), *(_gemm_spec(bf16, target, form, tokens) for form, tokens in SMALL)]
+    specs += [_skinny_spec(dtype, 8192, 16, p) for dtype in (bf16, fp32) for p in (0.0, 0.1)]
+    specs += [_skinny_spec(fp16, 8192, 16, 0.1), _skinny_spec(bf16, 8192, 48, 0.0), _skinny_spec(bf16, 512, 16, 0.1)]
+    specs += [_sum_spec(dtype, 4096, 16, p) for dtype in (bf16, fp32) for p in (0.0, 0.1)]
+    specs += [_sum_spec(fp16, 4096, 16, 0.1), *(_sum_spec(bf16, *how) for how in ((1024, 16, None), (4096, 64, 0.0)))]
     parts = torch.empty(8, 16, 4096, device="meta")
     moved = 4 * (parts.numel() + parts[0].numel())
     specs.append(
