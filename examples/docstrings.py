@@ -41,7 +41,7 @@ INSTRUCTIONS = {
     "class": "Describe the Python class in one sentence.",
 }
 HELD_OUT_SHARE = 0.1  # of the pairs, in whole packages
-MEASURED = 128  # held-out pairs that the loss is measured on
+MEASURED = 96  # held-out pairs that the loss is measured on
 ANSWERED = 24  # of them, how many the model answers before and after
 SHOWN = 6  # of those, how many the report shows
 ANSWER_TOKENS = 40
@@ -54,8 +54,8 @@ SETTINGS: dict[str, Any] = {
     "warmup": 0.1,
     "batch_size": 8,
     "max_length": 160,
-    "max_steps": 80,
-    "eval_every": 40,
+    "max_steps": 60,
+    "eval_every": 20,
     "save_every": 0,
     "seed": 0,
 }
@@ -66,7 +66,7 @@ NOT_IMPORTED = {  # importing them prints, opens a browser or a window, or needs
     *("__main__", "antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"),
     *("ensurepip", "encodings", "pydoc_data", "venv"),  # nothing to learn from
 }
-SAME_PACKAGE = {name: "os" for name in ("genericpath", "nt", "ntpath", "posix", "posixpath")}  # os is made of them
+SAME_PACKAGE = dict.fromkeys(("genericpath", "nt", "ntpath", "posix", "posixpath"), "os")  # os is made of them
 LONGEST_SIGNATURE, SENTENCE_WORDS = 120, (3, 25)
 NOISE = re.compile(
     r">>>|->|::|^\W|^(deprecated|alias|see|initialize self|same as|internal)\b|\w\(.*\) *$", re.IGNORECASE
@@ -235,7 +235,7 @@ Remove Rename Render Reopen Repeat Replace Report Represent Request Require Rese
 Respond Restart Restore Resume Retrieve Return Reverse Revert Rewind Rotate Round Run Save Scan Schedule
 Search Seek Select Send Separate Serialize Serve Set Setup Shift Show Shuffle Shut Shutdown Signal Simplify
 Skip Sleep Sort Specify Split Start Stop Store Strip Submit Subscribe Substitute Subtract Suspend Swap Switch
-Synchronize Take Tell Terminate Test Tokenize Toggle Trace Track Transfer Transform Translate Transmit
+Synchronize Take Tell Terminate Test Toggle Tokenize Trace Track Transfer Transform Translate Transmit
 Traverse Treat Trigger Trim Truncate Try Turn Uncompress Undo Unescape Uninstall Unload Unlock Unmark Unpack
 Unquote Unregister Unsubscribe Unwrap Update Upgrade Upload Use Validate Verify Visit Wait Wake Walk Warn
 Watch Wrap Write Yield Zip
@@ -281,7 +281,7 @@ def difference(found: Any, expected: Any) -> float:
 def check_in_fresh_process(output: Path, model: str) -> dict[str, Any]:
     """What a process that knows only the files finds: see `check`."""
     command = [sys.executable, str(Path(__file__).resolve()), "--check", "--output", str(output), "--model", model]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = subprocess.run(command, capture_output=True, text=True)  # LORA_BACKEND goes along
     if finished.returncode:
         raise RuntimeError(f"the check in a fresh process failed:\n{finished.stderr.strip()}")
     found: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
@@ -294,11 +294,12 @@ def check(output: Path, name: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     import lora
+    from lora.cli import chosen_backend
     from lora.train.quiet import quiet
 
     expected = load_file(output / "logits.safetensors")["logits"]
     found: dict[str, Any] = {}
-    with quiet():
+    with quiet(), lora.use_backend(chosen_backend(None)):
         model, tokenizer = lora.load(name, dtype=torch.float32)
         found["base"] = difference(logits_of(model, tokenizer), expected)
         lora.for_inference(lora.load_adapter(model, output / "adapter"))

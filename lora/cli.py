@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,10 @@ COMMANDS = {
     "explain": "show what is adapted, which implementation runs it, and what memory it takes",
 }
 DTYPES = ("float32", "bfloat16", "float16")
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch-size or --max-length (and raise --grad-accumulation), or use --checkpointing recompute "
+    "or --quantization nf4."
+)
 EXAMPLES = """\
 examples:
   lora train --model smollm2-135m-instruct --data my.jsonl --output out/my
@@ -61,6 +66,12 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _main(words)
+
+
+def _main(words: list[str]) -> int:
     debug = "--debug" in words
     try:
         options, unknown = parser().parse_known_args([word for word in words if word != "--debug"])
@@ -75,10 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lora generate | head`: nobody is left to read
         sys.stdout = None
         return 0
-    except (LoRAError, OSError) as error:
-        if debug:
+    except (LoRAError, OSError, RuntimeError) as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if debug or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        print(f"lora: error: {_one_line(error)}", file=sys.stderr)
+        print(f"lora: error: {OUT_OF_MEMORY if out_of_memory else _one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -379,7 +391,10 @@ def load_with_adapter(options: argparse.Namespace) -> tuple[Any, Any]:
 def _set_up(options: argparse.Namespace) -> Any:
     """The backend, and silence from other packages, for the time of a command."""
     from contextlib import ExitStack
+    from importlib.util import find_spec
 
+    if find_spec("transformers") is None:
+        raise LoRAError("this needs the package transformers. Run: pip install 'lora-twin[train]'")
     from lora.dispatch import use_backend
     from lora.train.quiet import quiet
 
@@ -387,6 +402,10 @@ def _set_up(options: argparse.Namespace) -> Any:
     stack.enter_context(use_backend(chosen_backend(options.backend)))
     stack.enter_context(quiet())
     return stack
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"lora: note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

@@ -164,7 +164,7 @@ def layer_number(path: str, patterns: str | Sequence[str] | None) -> int | None:
     """The number of the layer `path` lies in: `model.layers.3.mlp.up_proj` -> 3; None outside any layer list."""
     names = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     for name in names or (r"[^.]+",):
-        found = re.match(rf"(?:.*\.)?(?:{name})\.(\d+)\.", path)
+        found = re.match(rf"(?:.*?\.)?(?:{name})\.(\d+)\.", path)
         if found:
             return int(found.group(1))
     return None

@@ -49,8 +49,8 @@ def add_parameters(layer: AdapterLayer, path: str, config: LoRAConfig, name: str
 
     base = layer.base_projection()  # loftq has replaced it
     dtype = adapter_dtype(base)
-    layer.lora_A[name] = nn.Parameter(lora_A.to(device, dtype))
-    layer.lora_B[name] = nn.Parameter(lora_B.to(device, dtype))
+    layer.lora_A[name] = nn.Parameter(lora_A.to(device, dtype).contiguous())
+    layer.lora_B[name] = nn.Parameter(lora_B.to(device, dtype).contiguous())
     if config.init_lora_weights == "olora" or str(config.init_lora_weights).startswith("pissa"):
         layer.initial_A[name] = nn.Parameter(layer.lora_A[name].detach().clone(), requires_grad=False)
         layer.initial_B[name] = nn.Parameter(layer.lora_B[name].detach().clone(), requires_grad=False)

@@ -65,7 +65,9 @@ def test_help(capsys: Any) -> None:
     assert all(name in text for name in ("train", "generate", "merge", "quantize", "explain", "examples:"))
     assert command("train", "--help") == 0
     text = capsys.readouterr().out
-    assert "--lora-alpha X" in text and "[0.0002]" in text and "--no-packing" in text and "rank of the update [8]" in text
+    assert (
+        "--lora-alpha X" in text and "[0.0002]" in text and "--no-packing" in text and "rank of the update [8]" in text
+    )
     for name in ("generate", "merge", "quantize", "explain"):
         assert command(name, "--help") == 0
         assert "--model MODEL" in capsys.readouterr().out
@@ -167,7 +169,9 @@ def test_merge_into_several_shards(files: dict[str, Path], tmp_path: Path, monke
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == shards
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in lora.load(files["model"])[0].parameters())
-    torch.testing.assert_close(logits(lora.load(tmp_path / "out")[0]), logits(adapted(files, "model")), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(lora.load(tmp_path / "out")[0]), logits(adapted(files, "model")), rtol=0, atol=1e-5
+    )
 
 
 def test_one_weight_at_a_time(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,9 +274,11 @@ def test_merge_into_a_quantised_model_decodes_it(files: dict[str, Path], tmp_pat
 
 
 def test_explain(files: dict[str, Path], capsys: Any) -> None:
-    assert command("explain", "--model", files["model"], "--adapter", files["model adapter"]) == 0
-    text = capsys.readouterr().out
-    assert "model.layers.0.self_attn.q_proj" in text and "reference" in text
+    words = ("explain", "--model", files["model"], "--adapter", files["model adapter"])
+    for backend in ("reference", "auto"):
+        assert command(*words, "--backend", backend) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"backend: {backend}\nmodel.layers.0.self_attn.q_proj")
     assert "parameters train" in text and "AdamW" in text
     assert command("explain", "--model", files["model"], "--quantization", "nf4") == 0
     text = capsys.readouterr().out
@@ -291,7 +297,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no such data": (["train", "--model", "MODEL", "--data", "none.jsonl"], "there is no file none.jsonl"),
     "no such config": (["train", "--config", "none.yaml"], "the config none.yaml does not exist"),
     "config is a directory": (["train", "--config", "ROOT"], "is a directory"),
-    "rank in words": (["train", "--model", "MODEL", "--data", "DATA", "--r", "high"], "r is 'high', expected an integer"),
+    "rank in words": (
+        ["train", "--model", "MODEL", "--data", "DATA", "--r", "high"],
+        "r is 'high', expected an integer",
+    ),
     "rank too high": (["train", "--model", "MODEL", "--data", "DATA", "--output", "OUT", "--r", "999"], "r=999"),
     "target": (
         ["train", "--model", "MODEL", "--data", "DATA", "--output", "OUT", "--target-modules", "q_prj"],
@@ -305,7 +314,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "prompts twice": (["generate", "--model", "MODEL", "--file", "DATA", "hello"], "choose one"),
     "no such prompts": (["generate", "--model", "MODEL", "--file", "none.txt"], "none.txt: No such file"),
     "no tokens": (["generate", "--model", "MODEL", "--max-new-tokens", "0", "hello"], "expected an integer >= 1"),
-    "tokens in words": (["generate", "--model", "MODEL", "--max-new-tokens", "few", "hello"], "invalid int value: 'few'"),
+    "tokens in words": (
+        ["generate", "--model", "MODEL", "--max-new-tokens", "few", "hello"],
+        "invalid int value: 'few'",
+    ),
     "temperature": (["generate", "--model", "MODEL", "--temperature", "-1", "hello"], "expected a number in [0, 100]"),
     "system without chat": (
         ["generate", "--model", "MODEL", "--system", "a", "--no-chat-template", "hello"],
@@ -313,9 +325,15 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "no such adapter": (["generate", "--model", "MODEL", "--adapter", "none", "hello"], "none"),
     "adapter of another model": (["generate", "--model", "MODEL", "--adapter", "TIED", "hello"], "another base model"),
-    "a model as the adapter": (["merge", "--model", "MODEL", "--adapter", "MODEL", "--output", "OUT"], "adapter_config"),
+    "a model as the adapter": (
+        ["merge", "--model", "MODEL", "--adapter", "MODEL", "--output", "OUT"],
+        "adapter_config",
+    ),
     "an adapter as the model": (["explain", "--model", "ADAPTER"], "holds an adapter, not a model"),
-    "merge onto itself": (["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output", "MODEL"], "is what is read"),
+    "merge onto itself": (
+        ["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output", "MODEL"],
+        "is what is read",
+    ),
     "output not empty": (["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output", "ROOT"], "is not empty"),
     "output no model": (
         ["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output", "ROOT", "--overwrite"],
@@ -323,7 +341,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "output a file": (["quantize", "--model", "MODEL", "--output", "DATA"], "is a file, expected a directory"),
     "no output": (["merge", "--model", "MODEL", "--adapter", "ADAPTER"], "required: --output"),
-    "dtype": (["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output", "OUT", "--dtype", "int8"], "invalid choice"),
+    "dtype": (
+        ["merge", "--model", "MODEL", "--adapter", "ADAPTER", "--output", "OUT", "--dtype", "int8"],
+        "invalid choice",
+    ),
 }
 
 
@@ -343,9 +364,7 @@ def test_a_users_error_is_one_line(
     assert "Traceback" not in seen.out + seen.err
 
 
-def test_a_wrong_lora_backend_is_one_line(
-    files: dict[str, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_lora_backend_is_one_line(files: dict[str, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BACKEND", "quick")
     assert command("explain", "--model", files["model"]) == 2
     assert "LORA_BACKEND is 'quick', expected one of 'reference', 'fast', 'auto'" in capsys.readouterr().err

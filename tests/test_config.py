@@ -127,8 +127,8 @@ def test_scaling_is_alpha_over_r_or_over_its_root():
     ("path", "patterns", "number"),
     [
         ("model.layers.3.mlp.up_proj", None, 3),
-        ("model.layers.3.experts.5.up_proj", None, 5),  # the last number, as in PEFT
-        ("model.layers.3.experts.5.up_proj", "layers", 3),
+        ("model.layers.3.experts.5.up_proj", None, 3),  # the first number, as in PEFT
+        ("model.layers.3.experts.5.up_proj", "experts", 5),
         ("model.h.12.attn", ["blocks", "h"], 12),
         ("model.embed_tokens", None, None),
     ],

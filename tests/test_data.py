@@ -87,7 +87,11 @@ REFUSED = {
     "half a pair": ("d.jsonl", '{"prompt": "a"}\n', ("has 'prompt', but needs",)),
     "an empty object": ("d.jsonl", "{}\n", ("no columns",)),
     "two forms in a row": ("d.jsonl", '{"text": "a", "prompt": "a", "completion": "b"}\n', ("two kinds",)),
-    "two forms in a file": ("d.jsonl", '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', ("d.jsonl:2", "one form")),
+    "two forms in a file": (
+        "d.jsonl",
+        '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n',
+        ("d.jsonl:2", "one form"),
+    ),
     "an empty prompt": ("d.jsonl", '{"prompt": " ", "completion": "b"}\n', ("d.jsonl:1: prompt is empty",)),
     "an empty completion": ("d.jsonl", '{"prompt": "a", "completion": ""}\n', ("completion is empty",)),
     "a number for text": ("d.jsonl", '{"text": 5}\n', ("text is a number, expected text",)),
@@ -101,7 +105,11 @@ REFUSED = {
         '{"messages": [{"role": "asistant", "content": "a"}]}\n',
         ("role is 'asistant'", "Did you mean 'assistant'?"),
     ),
-    "content that is no text": ("d.jsonl", '{"messages": [{"role": "user", "content": 1}]}\n', ("content is a number",)),
+    "content that is no text": (
+        "d.jsonl",
+        '{"messages": [{"role": "user", "content": 1}]}\n',
+        ("content is a number",),
+    ),
     "nobody answers": ("d.jsonl", json.dumps({"messages": CHAT[:1]}), ("no message of the assistant",)),
     "an empty file": ("d.jsonl", "", ("no examples",)),
     "blank lines only": ("d.jsonl", "\n \n", ("no examples",)),
@@ -146,7 +154,7 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     import datasets
 
     datasets.DatasetDict({"train": datasets.Dataset.from_list(many(2))}).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(LoRAError, match="has no split 'trian'.*Did you mean 'train'"):
+    with pytest.raises(LoRAError, match=r"has no split 'trian'.*Did you mean 'train'"):
         load_data(config(tmp_path / "d", data_split="trian"))
 
 

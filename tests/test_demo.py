@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +30,12 @@ def test_there_are_thousands_of_pairs_and_none_twice(pairs: list[demo.Pair], cap
     assert len({pair.sentence for pair in pairs}) == len(pairs)
     low, high = demo.SENTENCE_WORDS
     for pair in pairs:
-        assert pair.signature.startswith((f"def {pair.signature[4:4]}", "class "))
+        kind, name = pair.signature.partition("(")[0].split()
+        assert kind in ("def", "class")
+        assert not any(part.startswith("_") for part in name.split("."))
+        assert not re.search(r" at 0x[0-9a-f]{6}", pair.signature)
         assert low <= len(pair.sentence.split()) <= high
         assert len(pair.signature) <= demo.LONGEST_SIGNATURE
-        assert "0x" not in pair.signature.replace("0x7", "0x")[:0] + pair.sentence or "0x" in pair.sentence
-        assert not any(part.startswith("_") for part in pair.signature.split("(")[0].split()[1].split(".") if part)
     assert {"json", "os", "random"} <= {pair.package for pair in pairs}
     assert not {"this", "antigravity", "test", "tkinter", "posix"} & {pair.package for pair in pairs}
 
@@ -78,7 +80,16 @@ def test_first_sentences() -> None:
     assert demo.first_sentence("Return the name\n    of it. Then more.") == "Return the name of it."
     assert demo.first_sentence("Return the file name e.g. 'a' of it") == "Return the file name e.g."
     assert demo.first_sentence("Return a name") is not None
-    for noise in (None, 3, "", "Short.", "return a name.", ">>> run(this) for me.", "f(x) -> the value of it", "Naïve one of it."):
+    for noise in (
+        None,
+        3,
+        "",
+        "Short.",
+        "return a name.",
+        ">>> run(this) for me.",
+        "f(x) -> the value of it",
+        "Naïve one of it.",
+    ):
         assert demo.first_sentence(noise) is None, noise
     assert demo.first_sentence("Deprecated: use the other one.") is None
     assert demo.first_sentence("word " * 40) is None
@@ -128,14 +139,14 @@ def test_verbs_are_base_forms() -> None:
 def test_in_miniature(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora.train.quiet import quiet
 
-    monkeypatch.setenv("LORA_BACKEND", "reference")
+    monkeypatch.setenv("LORA_BACKEND", "auto")
     with quiet():
         model = save_tiny_model(tmp_path / "model")
     capfd.readouterr()
     output = tmp_path / "out"
     words = ["--model", str(model), "--output", str(output), "--packages", *PACKAGES]
-    for _ in range(2):  # safe to repeat
-        assert demo.main([*words, "--steps", "2", "--measured", "6", "--answers", "3"]) == 0
+    words += ["--steps", "2", "--measured", "6", "--answers", "3"]
+    assert demo.main(words) == 0
     seen = capfd.readouterr()
     assert seen.err == ""
     assert not set("\x1b\r") & set(seen.out)
@@ -145,7 +156,7 @@ def test_in_miniature(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatc
     assert figures["merged_difference"] < 1e-5
     assert figures["checks"]["base"] > 1e-3  # the adapter does something
     assert 0 < figures["checks"]["merged"] < 0.05 * figures["logits_largest"] + 0.05  # rounded to bfloat16
-    assert figures["backend"] == "reference"
+    assert figures["backend"] == "auto"
     assert (figures["answers"], figures["pairs_measured"], figures["pairs_seen"]) == (3, 6, 16)
     assert figures["loss_after"] < figures["loss_before"]
     report = (output / "report.md").read_text()
@@ -153,7 +164,12 @@ def test_in_miniature(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatc
     names = {path.name for path in output.iterdir()}
     assert names >= {"train.jsonl", "held_out.jsonl", "adapter", "merged", "loss.png", "report.md", "samples.md"}
     assert "logits.safetensors" not in names
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+
+    monkeypatch.setattr(demo, "check_in_fresh_process", lambda *_: figures["checks"])  # it has been seen to work
+    assert demo.main(words) == 0  # safe to repeat, and the same
+    again = json.loads((output / "report.json").read_text())
+    assert (again["loss_after"], again["quality_after"]) == (figures["loss_after"], figures["quality_after"])
 
 
 def test_a_wrong_model_is_one_line(tmp_path: Path, capsys: Any) -> None:

@@ -53,9 +53,15 @@ def strange() -> tuple[torch.Tensor, Projection]:
 
 def test_fast_never_lies(monkeypatch):
     monkeypatch.setattr(lora.reference, "lora_linear", lambda *_, **__: "the reference ran")
-    with lora.use_backend("fast"), pytest.raises(UnsupportedError, match=r"cannot run lora_linear: a tensor is torch\.float8"):
+    with (
+        lora.use_backend("fast"),
+        pytest.raises(UnsupportedError, match=r"cannot run lora_linear: a tensor is torch\.float8"),
+    ):
         lora.ops.lora_linear(*strange())
-    with lora.use_backend("auto"), pytest.warns(UserWarning, match=r"lora_linear runs on the reference backend: .*float8"):
+    with (
+        lora.use_backend("auto"),
+        pytest.warns(UserWarning, match=r"lora_linear runs on the reference backend: .*float8"),
+    ):
         assert lora.ops.lora_linear(*strange()) == "the reference ran"
     with lora.use_backend("auto"), warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
@@ -120,7 +126,7 @@ def test_import_is_light():
     code = "import sys, torch; before = set(sys.modules); import lora; print(*sorted(set(sys.modules) - before))"
     added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {name.split(".")[0] for name in added} & {
-        "transformers", "triton", "trl", "datasets", "accelerate", "gguf", "peft", "matplotlib", "rich", "yaml", "hypothesis",
+        "transformers", "triton", "trl", "datasets", "accelerate", "gguf", "peft", "matplotlib", "rich", "yaml",
     }  # fmt: skip
     assert not heavy
     assert "lora" in added

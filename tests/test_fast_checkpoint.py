@@ -27,7 +27,11 @@ def count_products(monkeypatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     linear = sys.modules["lora.fast.linear"]
     plain = linear.products
-    monkeypatch.setattr(linear, "products", lambda rows, parts: (seen.append(tuple(p.out_features for p in parts)), plain(rows, parts))[1])
+    monkeypatch.setattr(
+        linear,
+        "products",
+        lambda rows, parts: (seen.append(tuple(p.out_features for p in parts)), plain(rows, parts))[1],
+    )
     return seen
 
 
@@ -53,7 +57,9 @@ def test_down_proj_is_never_run_again(monkeypatch, mode, fused):
     again, found, products = losses(model, mode, seen)
     assert torch.equal(loss, again) if fused else torch.allclose(loss, again, rtol=1e-5)
     for name, gradient in gradients.items():
-        assert torch.equal(found[name], gradient) if fused else torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-5)
+        assert (
+            torch.equal(found[name], gradient) if fused else torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-5)
+        )
     hidden, head = 32, 64
     per_block = [p for p in products if p != (head,)]
     outputs = [p for p in per_block if p == (hidden,)]  # o_proj gives this size (unfused, q_proj), and down_proj would
@@ -64,7 +70,9 @@ def test_a_block_that_reads_its_last_product_runs_it_again():
     """Gemma normalises what down_proj gives, and keeps it for the backward."""
     x = torch.randn(5, 8, requires_grad=True)
     weight = torch.nn.Parameter(torch.ones(8))
-    p = Projection(torch.randn(8, 8), None, torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True))
+    p = Projection(
+        torch.randn(8, 8), None, torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    )
 
     def block(x):
         return x + lora.ops.rms_norm(lora.ops.lora_linear(x, p), weight)
@@ -76,7 +84,9 @@ def test_a_block_that_reads_its_last_product_runs_it_again():
 
 def test_an_exception_in_the_backward_leaves_nothing_behind():
     x = torch.randn(5, 8, requires_grad=True)
-    p = Projection(torch.randn(8, 8), None, torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True))
+    p = Projection(
+        torch.randn(8, 8), None, torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    )
     fail = [False, True, False, False]
 
     def block(x):

@@ -134,7 +134,7 @@ def test_every_family_is_fused_and_says_how(family):
 def test_state_dict_and_tied_weights_survive_fusing(tmp_path):
     model = tiny_llama(tie_word_embeddings=True)
     lora.inject(model, LoRAConfig(r=2))
-    before, pointers = snapshot(model), {n: p for n, p in model.named_parameters()}
+    before, pointers = snapshot(model), dict(model.named_parameters())
     fuse(model)
     assert_same(model, before)
     assert all(p is pointers[n] for n, p in model.named_parameters())

@@ -26,7 +26,13 @@ def normal(*shape: int) -> Tensor:
 
 
 def projection(
-    out: int, fan_in: int, rank: int = 3, bias: bool = False, dora: bool = False, nf4: bool = False, scaling: float = 1.7
+    out: int,
+    fan_in: int,
+    rank: int = 3,
+    bias: bool = False,
+    dora: bool = False,
+    nf4: bool = False,
+    scaling: float = 1.7,
 ) -> Projection:
     """rank 0 is a projection without an adapter."""
     weight: Any = normal(out, fan_in)
@@ -207,8 +213,8 @@ def test_nf4_decodes_to_the_same_bits(rows, columns, block_size, double_quant, d
     weight = torch.randn(rows, columns)
     weight[rows // 2] = 0
     quantised = fast.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
-    for part, expected in zip(quantised, reference.nf4_quantize(weight, block_size=block_size, double_quant=double_quant),
-                              strict=True):  # fmt: skip
+    plain = reference.nf4_quantize(weight, block_size=block_size, double_quant=double_quant)
+    for part, expected in zip(quantised, plain, strict=True):
         assert torch.equal(part, expected) if isinstance(part, Tensor) else part == expected
     assert torch.equal(fast.nf4_dequantize(quantised, dtype), reference.nf4_dequantize(quantised, dtype))
 

@@ -127,7 +127,9 @@ def test_loftq_quantises_the_base_and_makes_up_for_it():
 
 def test_loftq_needs_the_full_precision_weight():
     model = lora.quantize(toy(width=32))
-    with pytest.raises(LoRAError, match=r"'loftq' needs the full-precision weight, but layers\.0\.q_proj is a NF4Linear"):
+    with pytest.raises(
+        LoRAError, match=r"'loftq' needs the full-precision weight, but layers\.0\.q_proj is a NF4Linear"
+    ):
         lora.inject(model, LoRAConfig(r=2, init_lora_weights="loftq"))
 
 

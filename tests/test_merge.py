@@ -44,8 +44,8 @@ def test_a_merged_weight_is_rounded_once_and_the_original_comes_back(config, dty
     model = adapted(config, dtype)
     before = snapshot(model)
     with torch.no_grad():
-        wide = {path: merged_in_float(l.projection_of(("default",))) for path, l in
-                adapter_layers(model) if isinstance(l, LoRALinear)}  # fmt: skip
+        layers = {path: layer for path, layer in adapter_layers(model) if isinstance(layer, LoRALinear)}
+        wide = {path: merged_in_float(layer.projection_of(("default",))) for path, layer in layers.items()}
     errors = lora.merge(model)
     for path, weight in wide.items():
         assert torch.equal(model.get_submodule(path).weight, weight.to(dtype))
@@ -165,7 +165,9 @@ def test_an_overflowing_merge_changes_nothing():
     with torch.no_grad():
         model.layers[2].v_proj.lora_B["default"].fill_(60000.0)
     before = snapshot(model)
-    with pytest.raises(LoRAError, match=r"merging \['default'\] into layers\.2\.v_proj gives \d+ weights .* not finite"):
+    with pytest.raises(
+        LoRAError, match=r"merging \['default'\] into layers\.2\.v_proj gives \d+ weights .* not finite"
+    ):
         lora.merge(model)
     assert_same(model, before)
     assert not any(layer.merged for _, layer in adapter_layers(model))

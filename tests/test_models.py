@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -142,21 +142,24 @@ def test_nothing_is_printed_and_transformers_keeps_its_settings(directory, capfd
         lora.load(directory, quantization="nf4", dtype="bfloat16")
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
-    logging.enable_progress_bar()
     try:
-        lora.load(directory)
-        assert capfd.readouterr() == ("", "")
-        assert logging.is_progress_bar_enabled()
+        for switch, enabled in ((logging.enable_progress_bar, True), (logging.disable_progress_bar, False)):
+            switch()
+            lora.load(directory)
+            assert capfd.readouterr() == ("", "")
+            assert logging.is_progress_bar_enabled() == enabled
     finally:
         logging.enable_progress_bar() if before[1] else logging.disable_progress_bar()
 
 
-def test_weights_without_a_place_are_named_in_one_warning(directory):
+def test_weights_without_a_place_are_named_in_one_warning(directory, caplog):
     edit(directory / "config.json", num_hidden_layers=1)
+    caplog.clear()
     with pytest.warns(UserWarning, match=r"9 weights have no place .*model\.layers\.1\.input_layernorm") as seen:
         model, _ = lora.load(directory)
     assert len(seen) == 1 and len(model.model.layers) == 1
     assert seen[0].filename == __file__
+    assert caplog.records == []  # transformers would log a table
 
 
 def test_importing_lora_imports_neither_transformers_nor_gguf():
@@ -193,6 +196,35 @@ def test_an_nf4_model_carries_no_mark_that_would_stop_a_trainer(directory):
     lora.inject(model, lora.LoRAConfig(r=2))
     model(IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in lora.trainable_parameters(model))
+
+
+def test_transformers_does_not_initialise_what_was_quantised(directory, monkeypatch):
+    from transformers import LlamaPreTrainedModel
+
+    def zero(_: Any, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            nn.init.zeros_(parameter)  # which transformers stops on what is marked as loaded
+
+    expected = lora.quantize(tiny_llama())
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", zero)
+    assert_same_state(lora.load(directory, quantization="nf4")[0], expected)
+
+
+def test_the_weights_to_quantise():
+    from lora.nf4_loader import target_weights
+
+    class Model(nn.Module):
+        all_tied_weights_keys: ClassVar = {"c.weight": "d.weight"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d, self.e, self.head = (nn.Linear(4, 4) for _ in range(6))
+            self.e.weight = self.b.weight
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    assert target_weights(Model()) == {"a.weight"}  # b and e share one tensor; c and d will
 
 
 def test_nf4_names_the_weight_that_it_cannot_hold(tmp_path):
@@ -370,15 +402,15 @@ def test_the_hub_is_tried_once_and_not_for_long(monkeypatch):
         asked.append((address, timeout))
         raise TimeoutError
 
-    def only_cached(name: str, *, local_files_only: bool, **_: Any) -> Any:
-        assert local_files_only  # otherwise transformers would try for half a minute
+    def not_cached(name: str, *, local_files_only: bool, **_: Any) -> Any:
+        asked.append(local_files_only)
         raise OSError(f"{name} is not there")
 
     monkeypatch.setattr(models.socket, "create_connection", refuse)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", only_cached)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", not_cached)
     with pytest.raises(lora.LoRAError, match="hub cannot be reached"):
         lora.load("someone/not-in-the-cache")
-    assert asked == [(("huggingface.co", 443), models.CONNECT_SECONDS)]
+    assert asked == [(("huggingface.co", 443), models.CONNECT_SECONDS), True]  # else it would retry for half a minute
     monkeypatch.setenv("https_proxy", "http://localhost:1")
     assert models._hub_reachable()  # only the proxy knows
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -45,7 +45,9 @@ def test_checkpointing_saves_less(mode):
     for name in ("none", mode):
         saved = []
         lora.for_training(model, checkpointing=name)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t.nbytes), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: (saved.append(t.nbytes), t)[1], lambda t: t
+        ):
             model(IDS, labels=IDS)
         sizes[name] = sum(saved)
     assert sizes[mode] < 0.5 * sizes["none"]
@@ -96,13 +98,17 @@ def test_merged_inference_calls_no_adapter(monkeypatch):
     model = lora.for_inference(adapted(), merge=True)
     seen = []
     operation = lora.reference.lora_linear
-    monkeypatch.setattr(lora.reference, "lora_linear", lambda x, p, **o: (seen.append(p.lora_A), operation(x, p, **o))[1])
+    monkeypatch.setattr(
+        lora.reference, "lora_linear", lambda x, p, **o: (seen.append(p.lora_A), operation(x, p, **o))[1]
+    )
     model(IDS)
     assert seen and all(lora_A is None for lora_A in seen)
 
 
 def test_unknown_checkpointing_is_named():
-    with pytest.raises(LoRAError, match=r"checkpointing is 'recomputed', expected one of 'none'.*Did you mean 'recompute'"):
+    with pytest.raises(
+        LoRAError, match=r"checkpointing is 'recomputed', expected one of 'none'.*Did you mean 'recompute'"
+    ):
         lora.for_training(adapted(), checkpointing="recomputed")
 
 

@@ -120,7 +120,9 @@ def test_text_without_a_chat_template(files: dict[str, Path], tmp_path: Path) ->
         model = save_tiny_model(tmp_path / "plain", chat=False)
     (tmp_path / "d.txt").write_text("one two three four . " * 60)
     console = silent()
-    config = settings({**files, "model": model, "data": tmp_path / "d.txt"}, tmp_path / "out", max_length=16, max_steps=2)
+    config = settings(
+        {**files, "model": model, "data": tmp_path / "d.txt"}, tmp_path / "out", max_length=16, max_steps=2
+    )
     result = run(config, console)
     assert result.train_examples == 17  # 270 tokens and the end token, 16 each
     assert result.samples[0].prompt.split()[:2] == ["one", "two"]
@@ -132,7 +134,9 @@ def test_text_without_a_chat_template(files: dict[str, Path], tmp_path: Path) ->
 
 def test_nf4_and_checkpointing_train(files: dict[str, Path], tmp_path: Path) -> None:
     plain = trained(settings(files, tmp_path / "a", max_steps=3))
-    assert trained(settings(files, tmp_path / "b", max_steps=3, checkpointing="recompute")).loss_after == plain.loss_after
+    assert (
+        trained(settings(files, tmp_path / "b", max_steps=3, checkpointing="recompute")).loss_after == plain.loss_after
+    )
     quantised = trained(settings(files, tmp_path / "c", max_steps=3, quantization="nf4"))
     assert quantised.loss_after is not None and quantised.loss_before is not None
     assert quantised.loss_after < quantised.loss_before
@@ -305,10 +309,10 @@ def history(output: Path) -> list[dict[str, Any]]:
     "options",
     [
         {"lora_dropout": 0.2},
-        {"lora_dropout": 0.2, "log_every": 5, "eval_every": 4, "scheduler": "cosine"},
+        {"lora_dropout": 0.2, "log_every": 5, "eval_every": 4, "scheduler": "cosine", "backend": "auto"},
         {"init_lora_weights": "pissa", "use_dora": True, "packing": True, "max_length": 32},
     ],
-    ids=["dropout", "sparse log", "pissa, dora, packed"],
+    ids=["dropout", "sparse log, auto", "pissa, dora, packed"],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -371,7 +375,9 @@ def test_a_torn_checkpoint_is_passed_over(half_way: Path, tmp_path: Path, case: 
     assert reason in passed_over[0]
 
 
-def test_resuming_from_an_older_checkpoint_ends_the_same(files: dict[str, Path], half_way: Path, tmp_path: Path) -> None:
+def test_resuming_from_an_older_checkpoint_ends_the_same(
+    files: dict[str, Path], half_way: Path, tmp_path: Path
+) -> None:
     straight = trained(settings(files, tmp_path / "a", save_every=3))
     shutil.copytree(half_way, tmp_path / "b")
     (tmp_path / "b" / "checkpoint-6" / "random.safetensors").unlink()

@@ -25,7 +25,9 @@ class Block(nn.Module):
 class Toy(nn.Module):
     """embedding -> blocks -> head; `tied` gives the head the embedding's own weight."""
 
-    def __init__(self, width: int = 16, layers: int = 3, vocab: int = 11, bias: bool = True, tied: bool = False) -> None:
+    def __init__(
+        self, width: int = 16, layers: int = 3, vocab: int = 11, bias: bool = True, tied: bool = False
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList([Block(width, bias) for _ in range(layers)])

@@ -8,7 +8,8 @@ from typing import Any
 
 from tiny import tiny_llama
 
-WORDS = "red green blue one two three four sum of is the a colour number what say hello bye . ? ! :".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "sum", "of", "is", "the", "a", "colour", "number"]
+WORDS += ["what", "say", "hello", "bye", ".", "?", "!", ":"]
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}<|im_end|>{% endfor %}"
@@ -53,7 +54,10 @@ def rows(count: int) -> list[dict[str, str]]:
     """Prompts and completions that can be learnt: colours and numbers alternate."""
     colours, numbers = WORDS[:3], WORDS[3:7]
     return [
-        {"prompt": f"what is {numbers[i % 4]} ?", "completion": f"the colour {colours[i % 3]} . {numbers[(i // 3) % 4]}"}
+        {
+            "prompt": f"what is {numbers[i % 4]} ?",
+            "completion": f"the colour {colours[i % 3]} . {numbers[(i // 3) % 4]}",
+        }
         for i in range(count)
     ]
 

@@ -166,5 +166,3 @@ def pinned_like(x: Tensor) -> Tensor:
 @functools.cache
 def _say_pageable(reason: str) -> None:
     warnings.warn(f"host memory for offloading cannot be pinned ({reason}): copies will not overlap.", stacklevel=6)
-
-

@@ -19,7 +19,8 @@ def dora_norm(dense: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
     if runs_triton(dense):
         from lora.fast.kernels import dora as kernels
 
-        return kernels.dora_norm(dense, lora_A, lora_B, scaling)
+        norms: Tensor = kernels.dora_norm(dense, lora_A, lora_B, scaling)
+        return norms
     wide = torch.promote_types(dense.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
     norm = torch.empty(dense.shape[0], dtype=wide, device=dense.device)

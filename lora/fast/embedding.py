@@ -63,7 +63,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         return h.view(*ids.shape, h.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         rows, lora_A, lora_B, su, gain, norm, adapted = ctx.saved_tensors
         dy = dh.reshape(-1, dh.shape[-1])  # [tokens, dim]
         _, wants_table, wants_A, wants_B, wants_m = ctx.needs_input_grad[:5]

@@ -156,7 +156,9 @@ def forward_group(
 def saved_by(parts: Sequence[Part], keeps_adapted: Sequence[bool]) -> int:
     """How many tensors a group keeps besides x: those of its projections, su, and DoRA's."""
     given = sum(tensor is not None for part in parts for tensor in part[:TENSORS])
-    return given + any(part.rank for part in parts) + 2 * sum(p.magnitude is not None for p in parts) + sum(keeps_adapted)
+    return (
+        given + any(part.rank for part in parts) + 2 * sum(p.magnitude is not None for p in parts) + sum(keeps_adapted)
+    )
 
 
 def rescale_(h: Tensor, rows: Tensor, dropped: Tensor, dense: Tensor, su: Tensor, B: Tensor, gain: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ def unpacked(projections: Sequence[Projection]) -> tuple[list[tuple[NF4Weight | 
 def packed(static: Sequence[tuple[NF4Weight | None, float]], tensors: Sequence[Tensor | None]) -> list[Part]:
     """The inverse of `unpacked`."""
     return [
-        Part(*tensors[TENSORS * i : TENSORS * (i + 1)], *rest)  # type: ignore[arg-type]
+        Part(*tensors[TENSORS * i : TENSORS * (i + 1)], *rest)  # type: ignore[arg-type, call-arg]
         for i, rest in enumerate(static)
     ]
 

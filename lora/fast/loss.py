@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.fast.linear import Kept, Part, as_rows, backward_group, forward_group, packed, unpacked
 from lora.fast.dropout import KeepRows, dropout_mask
+from lora.fast.linear import Part, as_rows, backward_group, forward_group, packed, unpacked
 from lora.fast.runtime import runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
@@ -51,7 +51,9 @@ def linear_cross_entropy(
     targets = read_labels(labels, hidden, head, ignore_index, reduction, num_items)
     static, tensors = unpacked([head])
     options = Options(softcap, logit_scale, label_smoothing, reduction == "none")
-    losses: Tensor = LinearCrossEntropy.apply(hidden, targets, options, static, dropout, *tensors)  # type: ignore[no-untyped-call]
+    losses: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, targets, options, static, dropout, *tensors
+    )
     return losses.view(labels.shape) if reduction == "none" else losses
 
 
@@ -100,14 +102,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return done.losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         if ctx.options.each:
             chosen, labels, counted, *tensors = ctx.saved_tensors
             (part,) = packed(ctx.static, tensors)
             mask = kept_rows(ctx.shape, ctx.dropout, counted)
-            _, dx, gradients = run_chunks(
-                chosen, part, labels, ctx.options, mask, ctx.needs, dloss.flatten()[counted]
-            )
+            _, dx, gradients = run_chunks(chosen, part, labels, ctx.options, mask, ctx.needs, dloss.flatten()[counted])
         else:
             dx, *gradients, counted = ctx.saved_tensors
             dx = None if dx is None else dx * dloss.to(dx.dtype)
@@ -167,10 +167,13 @@ def kept_rows(shape: torch.Size, dropout: Dropout | None, counted: Tensor) -> Ke
 
 def row_losses_(logits: Tensor, labels: Tensor, options: Options, weight: float | Tensor, wants: bool) -> Tensor:
     """The loss of each row, times `weight` where that is a number; `logits` become their own gradients if wanted."""
+    softcap, logit_scale, smoothing, _ = options
     if runs_triton(logits):
         from lora.fast.kernels import cross_entropy as kernels
 
-        return kernels.cross_entropy_(logits, labels, options.softcap, options.logit_scale, options.label_smoothing, weight, wants)
+        return kernels.cross_entropy_(
+            logits, labels, options.softcap, options.logit_scale, options.label_smoothing, weight, wants
+        )
     softcap, logit_scale, smoothing, _ = options
     z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
     if logit_scale != 1:

@@ -56,7 +56,7 @@ class LoRAMLP(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         rows, g, z, *saved = ctx.saved_tensors
         parts = packed(ctx.static, saved[: 3 * TENSORS])
         small = saved[3 * TENSORS :]
@@ -70,7 +70,8 @@ class LoRAMLP(torch.autograd.Function):
         dh, of_down = backward_group(
             [as_rows(dy)], h, parts[2:], below, hidden_dropout(ctx.dropout), needs_above, needs[2:]
         )
-        dx, of_above = None, [(None,) * TENSORS] * 2
+        dx: Tensor | None = None
+        of_above: list[tuple[Tensor | None, ...]] = [(None,) * TENSORS] * 2
         if dh is not None:
             dg, dz = gated_backward(dh, g, z, ctx.activation)
             dx, of_above = backward_group(

@@ -53,7 +53,7 @@ class MultiLoRA(torch.autograd.Function):
         return h.view(*x.shape[:-1], h.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         rows, su, order, lora_A, lora_B, *tensors = ctx.saved_tensors
         (part,) = packed(ctx.static, tensors)
         dy = as_rows(dh)
@@ -88,5 +88,3 @@ def by_adapter(index: Tensor, tokens: int, adapters: int) -> tuple[Tensor, dict[
             bounds[adapter] = (start, start + count)
         start += count
     return order, bounds
-
-

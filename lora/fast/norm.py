@@ -86,7 +86,7 @@ class RMSNorm(torch.autograd.Function):
         return y.view(x.shape), s.view(x.shape) if residual is not None else None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
         s, weight, rho = ctx.saved_tensors
         wants_x, wants_weight, wants_residual = ctx.needs_input_grad[:3]
         rows, dsum = as_rows(dy), as_rows(ds) if ctx.sums and ds is not None else None

@@ -107,7 +107,8 @@ class SharedInput:
         if self.x is not x or id(layer) not in self.outputs:
             self.x, self.outputs = None, {}
             if not together(self.layers):
-                return type(layer).forward(layer, x)
+                alone: Tensor = type(layer).forward(layer, x)
+                return alone
             updates = [update_of(each) for each in self.layers]
             dropout = next((update.dropout for update in updates if update.dropout is not None), None)
             outputs = dispatch.ops.lora_qkv(x, *(update.projection for update in updates), dropout=dropout)

@@ -35,7 +35,7 @@ class Rope(torch.autograd.Function):
         return rotated(q, k, cos, sin, interleaved, inverse=False)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dq, dk = rotated(dq, dk, cos, sin, ctx.interleaved, inverse=True)
         return dq, dk, None, None, None

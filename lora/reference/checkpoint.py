@@ -131,8 +131,8 @@ class Run:
 
     def surroundings(self) -> list[AbstractContextManager[Any]]:
         """What the second run runs in: the first one's surroundings again."""
-        again = [generators_at(self.generators), self.autocast_again(), torch.enable_grad(), self.replay_attention()]
-        return list(again)
+        states = (generators_at(self.generators), self.autocast_again())
+        return [*states, torch.enable_grad(), self.replay_attention()]
 
     def pack(self, x: Tensor) -> int:
         """First run: note the tensor, and let it go."""

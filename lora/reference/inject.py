@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -127,11 +127,12 @@ def match(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], d
     modules = {path: module for path, module in walk(model) if path}
     for name in ("modules_to_save", "exclude_modules"):
         _check_used(name, getattr(config, name), modules)
-    saved = {path: module for path, module in modules.items() if matches(config.modules_to_save, path)}
+    named = [path for path in modules if matches(config.modules_to_save, path)]
+    saved = {path: modules[path] for path in named if not _inside(path, [other for other in named if other != path])}
     pool = {
         path: module
         for path, module in modules.items()
-        if not any(f"{path}.".startswith(f"{outer}.") for outer in saved) and not matches(config.exclude_modules, path)
+        if not _inside(path, saved) and not matches(config.exclude_modules, path)
     }
     targets = _linear_layers(model, pool) if config.target_modules == "all-linear" else _named(config, pool, modules)
     if not targets:
@@ -146,6 +147,11 @@ def match(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], d
                     f"{did_you_mean(key, {*ends, *targets})} They end in: {', '.join(sorted(ends))}."
                 )
     return targets, saved
+
+
+def _inside(path: str, outer: Iterable[str]) -> bool:
+    """Whether `path` is one of the modules `outer`, or lies in one."""
+    return any(f"{path}.".startswith(f"{other}.") for other in outer)
 
 
 def why_not(module: nn.Module) -> str | None:

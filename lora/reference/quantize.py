@@ -9,9 +9,9 @@ from torch import nn
 
 from lora.config import matches
 from lora.errors import LoRAError, did_you_mean
+from lora.layers import AdapterLayer
 from lora.nf4_format import check_block_size
 from lora.nf4_layer import NF4Linear
-from lora.layers import AdapterLayer
 from lora.reference.inject import output_heads
 from lora.reference.nf4 import check_quantisable
 

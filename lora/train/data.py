@@ -58,7 +58,7 @@ class Data:
 
     train: list[Row]
     held_out: list[Row]
-    documents: bool  # cut each text into pieces of max_length tokens rather than dropping its end
+    documents: frozenset[str]  # "train", "eval": texts to be cut into pieces of max_length tokens, not cut off there
     notes: list[str]
 
 
@@ -70,9 +70,11 @@ def load_data(config: TrainConfig) -> Data:
     source = read_source(config.data, config.data_split, "data")
     check_rows(source)
     notes: list[str] = []
+    documents = {"train", "eval"} if source.documents else set()
     if config.eval_data is not None:
         held = read_source(config.eval_data, config.eval_split, "eval_data")
         check_rows(held)
+        documents = {name for name, part in (("train", source), ("eval", held)) if part.documents}
         train_rows, held_rows = source.rows, held.rows
     elif source.documents:
         train_rows, held_rows = split_documents(source.rows, config.eval_fraction)
@@ -82,7 +84,7 @@ def load_data(config: TrainConfig) -> Data:
     shared = sum(canonical(row) in known for row in held_rows)
     if shared:
         notes.append(f"{shared} of {len(held_rows)} held-out examples are also in the training data")
-    return Data(train_rows, held_rows, source.documents, notes)
+    return Data(train_rows, held_rows, frozenset(documents), notes)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------

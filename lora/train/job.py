@@ -104,7 +104,7 @@ def run(
         if find_spec(package) is None:
             raise LoRAError(f"training needs the package {package}. Run: pip install 'lora-twin[train]'")
     backend = dispatch.use_backend(config.backend) if config.backend else nullcontext()
-    with quiet(), backend:
+    with quiet(data=True), backend:
         job = Job(config, console or Console())
         job.prepare()
         job.measure_before()
@@ -184,7 +184,8 @@ class Job:
                 self.say("", f"{part.dropped:,} {what} examples have nothing to learn within them and were dropped")
         for note in self.data.notes:
             self.say("", note)
-        (self.output / RUN).write_text(as_yaml(config), encoding="utf-8")
+        again = config.replace(resume=False, overwrite=False)
+        (self.output / RUN).write_text(as_yaml(again), encoding="utf-8")
 
     def measure_before(self) -> None:
         """Held-out loss and answers of the model without its adapter."""

@@ -15,28 +15,28 @@ OFF = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # re
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block only errors of other packages are heard; warnings of our own stay. Settings are put back."""
+def quiet(data: bool = False) -> Iterator[None]:
+    """Within the block only errors of other packages are heard; warnings of our own stay. Settings are put back.
+
+    Args:
+        data: also silence the bars of `datasets`, which takes importing it.
+    """
     for name, value in OFF.items():
         os.environ.setdefault(name, value)
-    import datasets
-
-    transformers_logging: Any = import_module("transformers.utils.logging")
+    bars: list[Any] = [import_module(name) for name in ("transformers.utils.logging", "datasets")[: 1 + data]]
+    shown = [module for module in bars if module.is_progress_bar_enabled()]
     loggers = [logging.getLogger(name) for name in PACKAGES]
     levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        for module in shown:
+            module.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=rf"({'|'.join(PACKAGES)})(\..*)?$")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars[0]:
-            transformers_logging.enable_progress_bar()
-        if bars[1]:
-            datasets.enable_progress_bars()
+        for module in shown:
+            module.enable_progress_bar()

@@ -93,7 +93,7 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
         """TRL's preparation in two steps, so that what the second cuts off can be counted."""
         name, limit = rest[-1], args.max_length
         whole = super()._prepare_dataset(dataset, processing_class, replace(args, max_length=None), False, *rest)
-        if self.documents:
+        if name in self.documents:
             whole = whole.map(lambda batch: pieces(batch, limit), batched=True, remove_columns=whole.column_names)
         lengths = [len(ids) for ids in whole["input_ids"]]
         learnable = [any(label != IGNORED for label in labels[1:limit]) for labels in whole["labels"]]

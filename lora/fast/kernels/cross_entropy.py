@@ -26,10 +26,80 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError
-from lora.fast.kernels.compile_check import POINTER, KernelSpec
+from lora.fast.kernels.compile_check import KernelSpec, spec_of
 
 LOWEST = tl.constexpr(-3.4e38)  # where a maximum starts: finite, as the difference of two infinities is NaN
+BLOCK = 2048  # logits at a time: 8 warps, 8 a thread, one 128-bit load of 16-bit logits
+PER_WARP = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    weight: float | Tensor = 1.0,
+    gradient: bool = True,
+    *,
+    ignore_index: int = -100,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """The loss of each row times its weight; with `gradient` the logits become their own gradients, in place.
+
+    Args:
+        logits: [rows, vocab], float32, float16 or bfloat16, one row's logits side by side; rows may be strided.
+        labels: int64 [rows], each a class or `ignore_index`. They must have been checked: the loss of a row with any
+            other label is NaN.
+        softcap, logit_scale, label_smoothing: as in `lora.reference.loss.linear_cross_entropy`.
+        weight: what losses and gradients are multiplied by: one number, or float32 [rows] (any stride).
+        lse: float32 [rows], where to write each row's log-sum-exp; 0 where the label is ignored.
+
+    Returns: float32 [rows]; 0 where the label is ignored, and there the gradient is 0 too, whatever the logits.
+    Raises: LoRAError where logits are of another dtype or layout, or the other tensors do not fit them.
+    """
+    check_rows(logits, labels, weight, lse)
+    rows, vocab = logits.shape
+    loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if not rows:
+        return loss
+    row_weight = weight if isinstance(weight, Tensor) else None
+    block = block_size(vocab)
+    with torch.cuda.device_of(logits):
+        cross_entropy_kernel[(rows,)](
+            logits, labels.contiguous(), loss, lse, row_weight, vocab, logits.stride(0),
+            0 if row_weight is None else row_weight.stride(0), ignore_index, float(logit_scale), float(softcap or 1),
+            float(label_smoothing), 1.0 if isinstance(weight, Tensor) else float(weight),
+            HAS_GRADIENT=gradient, HAS_SOFTCAP=softcap is not None, BLOCK=block,
+            num_warps=max(1, block // PER_WARP), enable_fp_fusion=True,
+        )  # fmt: skip
+    return loss
+
+
+def check_rows(logits: Tensor, labels: Tensor, weight: float | Tensor, lse: Tensor | None) -> None:
+    """The tensors fit each other and the kernel; otherwise LoRAError."""
+    if logits.dim() != 2 or logits.dtype not in DTYPES or not logits.shape[1]:
+        raise LoRAError(
+            f"logits is {logits.dtype} {list(logits.shape)}, expected [rows, vocab] in float32, float16 or bfloat16."
+        )
+    rows, vocab = logits.shape
+    if (logits.stride(1) != 1 and vocab > 1) or (logits.stride(0) < vocab and rows > 1):
+        raise LoRAError(
+            f"logits has strides {list(logits.stride())}, expected the {vocab} logits of a row side by side and rows "
+            "that do not overlap: pass a contiguous chunk, it is overwritten."
+        )
+    per_row = {"labels": (labels, torch.int64), "weight": (weight, torch.float32), "lse": (lse, torch.float32)}
+    for name, (tensor, dtype) in per_row.items():
+        if isinstance(tensor, Tensor) and (tensor.shape != (rows,) or tensor.dtype != dtype):
+            raise LoRAError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} [{rows}]: one a row.")
+    if lse is not None and not lse.is_contiguous():
+        raise LoRAError(f"lse has stride {lse.stride(0)}, expected a contiguous tensor: it is written in place.")
+
+
+def block_size(vocab: int) -> int:
+    """BLOCK, or as short as the vocabulary, but at least 8 logits for each thread of one warp."""
+    return min(BLOCK, max(PER_WARP, triton.next_power_of_2(vocab)))
 
 
 @triton.jit
@@ -48,7 +118,7 @@ def scaled_logits(logits, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """z = cap · tanh(scale · ℓ / cap), or scale · ℓ, in float32."""
     z = logits.to(tl.float32) * logit_scale
     if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(z * (1 / softcap))
     return z
 
 
@@ -77,14 +147,14 @@ def write_gradient(
     p_row, vocab, label, lse, weight, logit_scale, softcap, smoothing, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Overwrites one row of logits with dℓ, from its end to its start."""
-    for step in range(0, tl.cdiv(vocab, BLOCK)):
+    for step in range(tl.cdiv(vocab, BLOCK)):
         o_column = (tl.cdiv(vocab, BLOCK) - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         m_column = o_column < vocab
         b_logits = tl.load(p_row + o_column, mask=m_column, other=0)
         b_z = scaled_logits(b_logits, logit_scale, softcap, HAS_SOFTCAP)
         b_gradient = tl.exp(b_z - lse) - smoothing / vocab - tl.where(o_column == label, 1 - smoothing, 0.0)
         if HAS_SOFTCAP:
-            b_bent = b_z / softcap
+            b_bent = b_z * (1 / softcap)
             b_gradient *= (1 - b_bent) * (1 + b_bent)
         b_gradient *= weight * logit_scale
         tl.store(p_row + o_column, b_gradient.to(p_row.dtype.element_ty), mask=m_column)
@@ -109,10 +179,10 @@ def cross_entropy_kernel(
     row_stride,
     row_weight_stride,
     ignore_index: tl.int64,
-    logit_scale: tl.float32,
-    softcap: tl.float32,
-    smoothing: tl.float32,
-    weight: tl.float32,
+    logit_scale,
+    softcap,  # 1 where there is none
+    smoothing,
+    weight,
     HAS_GRADIENT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -134,8 +204,34 @@ def cross_entropy_kernel(
         lse, total = row_statistics(p_row, vocab, logit_scale, softcap, HAS_SOFTCAP, BLOCK)
         if row_weight_ptr is not None:
             weight *= tl.load(row_weight_ptr + row * row_weight_stride)
-        tl.store(loss_ptr + row, weight * (lse - (1 - smoothing) * z_label - smoothing / vocab * total))
+        spread = tl.where(smoothing > 0, smoothing / vocab * total, 0.0)  # a logit may be -inf, and 0 · inf is NaN
+        tl.store(loss_ptr + row, weight * (lse - (1 - smoothing) * z_label - spread))
         if lse_ptr is not None:
             tl.store(lse_ptr + row, lse)
         if HAS_GRADIENT:
             write_gradient(p_row, vocab, label, lse, weight, logit_scale, softcap, smoothing, HAS_SOFTCAP, BLOCK)
+
+
+def compile_specs() -> list[KernelSpec]:
+    """Llama-3.1-8B's vocabulary, a chunk of 1024 tokens; with a cap Gemma 2's."""
+    specs = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for gradient in (True, False):
+            specs.append(_spec(dtype, gradient, 128256))
+    return [*specs, _spec(torch.bfloat16, True, 256000, 30.0), _spec(torch.float32, True, 256000, 30.0)]
+
+
+def _spec(dtype: torch.dtype, gradient: bool, vocab: int, softcap: float | None = None) -> KernelSpec:
+    rows = 1024
+    logits = torch.empty(rows, vocab, dtype=dtype, device="meta")
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    kind = "with gradient" if gradient else "loss only"
+    small = rows * (labels.itemsize + 4)
+    return spec_of(
+        f"cross_entropy {kind}{', capped' if softcap else ''} {str(dtype).removeprefix('torch.')}",
+        lambda: cross_entropy_(logits, labels, softcap, gradient=gradient),
+        cross_entropy_kernel,
+        bytes_moved=(3 if gradient else 1) * logits.nbytes + small,
+        bytes_minimum=(2 if gradient else 1) * logits.nbytes + small,
+        shape=f"rows {rows}, vocabulary {vocab}",
+    )

@@ -4,8 +4,8 @@
     y = x ⊙ keep / (1 - p)                                                     key = mix(seed, stream)
 
 Moved: `dropout_forward` one number read and one written an element, `dropout_add` two read and one written,
-`dropout_mask` one byte written. There is no reuse, so a tile is part of a row, with 32 elements a thread: enough 128-bit
-loads in flight, and the hash of four elements (some 40 instructions) made once for the four. A tensor without gaps is
+`dropout_mask` one byte written. There is no reuse, so a tile is part of a row, 16 elements a thread in
+128-bit loads, and the hash of four elements (some 40 instructions) is made once for the four. A tensor without gaps is
 one long row. Rows whose length is no multiple of four begin in the middle of a word; there each element makes its own.
 
 Other kernels import `keep_mask` and `keep_lanes`, and pass `launch_key(seed, stream)` and `threshold(p)`: both are
@@ -15,22 +15,23 @@ run-time arguments, so neither a new seed nor a new p compiles anything.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora.fast.kernels.activation import as_rows, output_rows, wide_type
-from lora.fast.kernels.compile_check import POINTER, KernelSpec
+from lora.errors import LoRAError
+from lora.fast.kernels.activation import as_rows, output_rows
+from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.reference import dropout as counted
-from lora.reference.dropout import LANES, key_of, threshold
+from lora.reference.dropout import LANES, keep_scale, key_of, threshold
 
 GAMMA, MIX_1, MIX_2 = tl.constexpr(counted.GAMMA), tl.constexpr(counted.MIX_1), tl.constexpr(counted.MIX_2)
-LEVELS = tl.constexpr(counted.LEVELS)
-TILE = 4096  # elements a program: 4 warps, 32 a thread
-PER_WARP = 1024  # elements
+TILE = 2048  # elements a program: 4 warps, 16 a thread
+PER_WARP = 512  # elements
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def dropout_forward(x: Tensor, p: float, seed: int, stream: int = 0, out: Tensor | None = None) -> Tensor:
@@ -42,7 +43,7 @@ def dropout_forward(x: Tensor, p: float, seed: int, stream: int = 0, out: Tensor
         seed, stream: as in `lora.reference.dropout.dropout_mask`.
         out: [..., features], where to write y; rows may be strided. It may be x itself.
 
-    Returns: `out`, or a new tensor of x's dtype (float32, float16, bfloat16 or float64).
+    Returns: `out`, or a new tensor of x's dtype (float32, float16 or bfloat16).
     Raises: LoRAError for p outside [0, 1), or an `out` that cannot be written in place.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
@@ -53,7 +54,7 @@ def dropout_forward(x: Tensor, p: float, seed: int, stream: int = 0, out: Tensor
     with torch.cuda.device_of(x):
         dropout_forward_kernel[how.grid](
             x_rows, y_rows, how.features, how.strides[0], how.strides[1], how.row_tiles, launch_key(seed, stream), drop,
-            WIDE=wide_type(x), BY_WORD=how.by_word, TILE=how.tile, num_warps=how.num_warps, enable_fp_fusion=True,
+            keep_scale(p), BY_WORD=how.by_word, TILE=how.tile, num_warps=how.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -75,8 +76,8 @@ def dropout_add(dx: Tensor, y: Tensor, p: float, seed: int, stream: int = 0) -> 
     y_rows, dx_rows, how = in_rows(y, dx, "dx")
     with torch.cuda.device_of(dx):
         dropout_add_kernel[how.grid](
-            dx_rows, y_rows, how.features, how.strides[1], how.strides[0], how.row_tiles, launch_key(seed, stream), drop,
-            WIDE=wide_type(dx, y), BY_WORD=how.by_word, TILE=how.tile, num_warps=how.num_warps, enable_fp_fusion=True,
+            dx_rows, y_rows, how.features, how.strides[1], how.strides[0], how.row_tiles, launch_key(seed, stream),
+            drop, keep_scale(p), BY_WORD=how.by_word, TILE=how.tile, num_warps=how.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return dx
 
@@ -113,8 +114,10 @@ class Tiling(NamedTuple):
 def in_rows(source: Tensor, out: Tensor, name: str) -> tuple[Tensor, Tensor, Tiling]:
     """Both as rows, or as one row each where neither has gaps, and how to walk through them.
 
-    Raises: LoRAError where `out`, called `name`, cannot be written in place.
+    Raises: LoRAError for a dtype that float32 does not hold, or where `out`, called `name`, cannot be written in place.
     """
+    if not {source.dtype, out.dtype} <= set(DTYPES):
+        raise LoRAError(f"dropout of {source.dtype} into {out.dtype}: expected float32, float16 or bfloat16.")
     if source.shape == out.shape and source.is_contiguous() and out.is_contiguous():
         source_rows, out_rows, strides = source.view(1, -1), out.view(1, -1), (0, 0)
     else:
@@ -170,22 +173,14 @@ def keep_lanes(key, o_word, drop):
 
 
 @triton.jit
-def keep_scale(drop, WIDE: tl.constexpr):
-    """1 / (1 - p) for the p that the lanes really drop with, correctly rounded."""
-    if WIDE == tl.float64:
-        return LEVELS / (LEVELS - drop).to(tl.float64)
-    return tl.div_rn(1.0 * LEVELS, (LEVELS - drop).to(tl.float32))  # `/` would not round as the reference does
-
-
-@triton.jit
-def kept_share(row, first, features, key, drop, WIDE: tl.constexpr, BY_WORD: tl.constexpr, TILE: tl.constexpr):
-    """keep / (1 - p) of TILE neighbours, from element `first` of a row on."""
+def kept_share(row, first, features, key, drop, scale, BY_WORD: tl.constexpr, TILE: tl.constexpr):
+    """keep / (1 - p) of TILE neighbours, from element `first` of a row on; `scale` is 1 / (1 - p)."""
     position = row * features + first  # int64
     if BY_WORD:
         m_keep = keep_lanes(key, (position >> 2) + tl.arange(0, TILE // 4), drop)
     else:
         m_keep = keep_mask(key, position + tl.arange(0, TILE), drop)
-    return tl.where(m_keep, keep_scale(drop, WIDE), 0.0)
+    return tl.where(m_keep, scale, 0.0)
 
 
 @triton.jit
@@ -194,79 +189,69 @@ def tile_of(features, row_tiles, TILE: tl.constexpr):
     row = (tl.program_id(0) // row_tiles).to(tl.int64)
     first = (tl.program_id(0) % row_tiles).to(tl.int64) * TILE
     o_tile = tl.arange(0, TILE)
-    return row, first, o_tile, o_tile < features - first
+    return row, first, o_tile, o_tile < tl.minimum(features - first, TILE).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["key", "drop"])
 def dropout_forward_kernel(
-    x_ptr, y_ptr, features, stride_x, stride_y, row_tiles, key: tl.int64, drop: tl.int32,
-    WIDE: tl.constexpr, BY_WORD: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, y_ptr, features, stride_x, stride_y, row_tiles, key: tl.int64, drop: tl.int32, scale,
+    BY_WORD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE elements of one row of y."""
     row, first, o_tile, m_tile = tile_of(features, row_tiles, TILE)
-    b_x = tl.load(x_ptr + row * stride_x + first + o_tile, mask=m_tile, other=0).to(WIDE)
-    b_y = b_x * kept_share(row, first, features, key, drop, WIDE, BY_WORD, TILE)
+    b_x = tl.load(x_ptr + row * stride_x + first + o_tile, mask=m_tile, other=0).to(tl.float32)
+    b_y = b_x * kept_share(row, first, features, key, drop, scale, BY_WORD, TILE)
     tl.store(y_ptr + row * stride_y + first + o_tile, b_y.to(y_ptr.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["key", "drop"])
 def dropout_add_kernel(
-    dx_ptr, y_ptr, features, stride_dx, stride_y, row_tiles, key: tl.int64, drop: tl.int32,
-    WIDE: tl.constexpr, BY_WORD: tl.constexpr, TILE: tl.constexpr,
+    dx_ptr, y_ptr, features, stride_dx, stride_y, row_tiles, key: tl.int64, drop: tl.int32, scale,
+    BY_WORD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE elements of one row of dx."""
     row, first, o_tile, m_tile = tile_of(features, row_tiles, TILE)
     p_dx = dx_ptr + row * stride_dx + first + o_tile
-    b_y = tl.load(y_ptr + row * stride_y + first + o_tile, mask=m_tile, other=0).to(WIDE)
-    b_dx = tl.load(p_dx, mask=m_tile, other=0).to(WIDE)
-    b_dx += b_y * kept_share(row, first, features, key, drop, WIDE, BY_WORD, TILE)
+    b_y = tl.load(y_ptr + row * stride_y + first + o_tile, mask=m_tile, other=0).to(tl.float32)
+    b_dx = tl.load(p_dx, mask=m_tile, other=0).to(tl.float32)
+    b_dx += b_y * kept_share(row, first, features, key, drop, scale, BY_WORD, TILE)
     tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["key", "drop"])
 def dropout_mask_kernel(keep_ptr, count, key: tl.int64, drop: tl.int32, TILE: tl.constexpr):
     """One program: TILE elements of the mask, flattened."""
-    row, first, o_tile, m_tile = tile_of(count, tl.num_programs(0), TILE)
+    _, first, o_tile, m_tile = tile_of(count, tl.num_programs(0), TILE)
     m_keep = keep_lanes(key, (first >> 2) + tl.arange(0, TILE // 4), drop)
     tl.store(keep_ptr + first + o_tile, m_keep.to(tl.uint8), mask=m_tile)
 
 
 def compile_specs() -> list[KernelSpec]:
-    """The configurations of Llama-3.1-8B: x of 8192 tokens of 4096 features without gaps, and as a slice of wider rows."""
-    tokens, features = 8192, 4096
+    """8192 tokens of Llama-3.1-8B's 4096 features, without gaps; and rows that begin in the middle of a word."""
     specs = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for by_word in (True, False) if dtype == torch.bfloat16 else (True,):
-            for kernel, tensors, moved in (
-                (dropout_forward_kernel, ("x", "y"), 2),
-                (dropout_add_kernel, ("dx", "y"), 3),
-            ):
-                specs.append(_spec(kernel, tensors, dtype, by_word, moved * tokens * features * dtype.itemsize))
-    signature = {"keep_ptr": "*u8", "count": "i32", "key": "i64", "drop": "i32"}
-    specs.append(
-        KernelSpec(
-            "dropout_mask", dropout_mask_kernel, signature, {"TILE": TILE}, TILE // PER_WARP,
-            divisible=("keep_ptr", "count"), bytes_moved=tokens * features, bytes_minimum=tokens * features,
-            shape=f"tokens {tokens}, features {features}",
-        )
+        specs += _specs(dtype, 4096)
+    x = torch.empty(8192, 4096, device="meta")
+    mask = spec_of(
+        "dropout_mask", lambda: dropout_mask(x.shape, 0.1, 7, 0, "meta"), dropout_mask_kernel,
+        bytes_moved=x.numel(), bytes_minimum=x.numel(), shape="tokens 8192, features 4096",
     )  # fmt: skip
-    return specs
+    return [*specs, *_specs(torch.bfloat16, 4095), mask]
 
 
-def _spec(kernel: Any, tensors: tuple[str, str], dtype: torch.dtype, by_word: bool, moved: int) -> KernelSpec:
-    signature = {f"{name}_ptr": POINTER[dtype] for name in tensors}
-    signature |= {"features": "i32"} | {f"stride_{name}": "i32" for name in tensors}
-    divisible = tuple(signature)
-    tile = tile_size(4096)
-    kind = str(dtype).removeprefix("torch.") + ("" if by_word else ", odd rows")
-    return KernelSpec(
-        name=f"{kernel.fn.__name__.removesuffix('_kernel')} {kind}",
-        fn=kernel,
-        signature=signature | {"row_tiles": "i32", "key": "i64", "drop": "i32"},
-        constexprs={"WIDE": tl.float32, "BY_WORD": by_word, "TILE": tile},
-        num_warps=tile // PER_WARP,
-        divisible=divisible,
-        bytes_moved=moved,
-        bytes_minimum=moved,
-        shape="tokens 8192, features 4096",
-    )
+def _specs(dtype: torch.dtype, features: int) -> list[KernelSpec]:
+    tokens = 8192
+    x = torch.empty(tokens, 4096, dtype=dtype, device="meta")[:, :features]
+    kind = f"{str(dtype).removeprefix('torch.')} {features}"
+    sizes = {"shape": f"tokens {tokens}, features {features}"}
+    passes = {
+        kernel: n * x.numel() * x.itemsize for kernel, n in ((dropout_forward_kernel, 2), (dropout_add_kernel, 3))
+    }
+    calls = (lambda: dropout_forward(x, 0.1, 7, out=x), lambda: dropout_add(x, x, 0.1, 7))
+    return [
+        spec_of(
+            f"{kernel.fn.__name__.removesuffix('_kernel')} {kind}", call, kernel,
+            bytes_moved=moved, bytes_minimum=moved, **sizes,
+        )
+        for call, (kernel, moved) in zip(calls, passes.items(), strict=True)
+    ]  # fmt: skip

@@ -5,16 +5,17 @@
     h  = s u Bᵀ + x Wᵀ + b                u  = D(x) Aᵀ  [tokens, r]            (forward)
     dx = D(du A) + dy W                   du = s dy B   [tokens, r]            (input gradient)
 
-so that the update costs R / K of the product's arithmetic and not one byte of [tokens, out]: it is never written, read or
-added, and is rounded together with the result. Both are one kernel that takes strides; D's mask is made in registers.
-A tile of BLOCK_M × BLOCK_N sums in float32 registers; its loads are copied to shared memory `num_stages` ahead. Programs
-go down GROUP_M row tiles before the next column of tiles, so that the programs of one moment share their operands in L2.
+so that the update costs r / in of the product's arithmetic and not one byte of [tokens, out]: it is never written,
+read or added, and is rounded together with the result. Both are one kernel that takes strides; D's mask is made in
+registers. A tile of BLOCK_M × BLOCK_N is summed in float32 registers; operands are copied to shared memory
+`num_stages` ahead. Programs go down GROUP_M tiles before the next column of tiles, so that the programs of one moment
+share their operands in L2. Bound by arithmetic from a few hundred tokens on.
 
-`skinny_gemm`: u = s D(x) Aᵀ, the same for du = s dy B. Reads x once, tokens·in numbers, and does 2r operations with each:
-bound by memory, so a tile is long in K and has few rows, for enough programs.
+`skinny_gemm`: u = s D(x) Aᵀ, the same for du = s dy B. Reads x once and does 2r operations with each number: bound by
+memory, so a tile is long in K, to have enough loads in flight, and has few rows, to have enough programs.
 
-`lora_A_gradient`, `lora_B_gradient`: dA = duᵀ D(x), dB = dyᵀ u, sums over tokens. Read the wide operand once; splits of the
-tokens are summed apart and then together in a fixed order: no atomics, the same bits every time.
+`lora_A_gradient`, `lora_B_gradient`: dA = duᵀ D(x), dB = dyᵀ u, sums over tokens. The wide operand is read once; the
+tokens are split, summed apart, and the sums summed in a fixed order: no atomics, the same bits every time.
 
 Dropout multiplies an operand by its mask only, which is exact; 1 / (1 - p) goes into the float32 result.
 Operands are float32, float16 or bfloat16, all of one type; float32 is multiplied as float32, never as TF32.
@@ -44,7 +45,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tile(NamedTuple):
-    """What one program of a product computes, and how many it copies ahead. Any will do; these were compiled and read."""
+    """What one program of a product computes at a time, and how many steps of K it copies ahead."""
 
     BLOCK_M: int
     BLOCK_N: int

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from lora.errors import LoRAError
 from lora.fast.kernels.activation import output_rows
-from lora.fast.kernels.compile_check import POINTER, KernelSpec
+from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.nf4_format import DYNAMIC_CODES, NF4_CODES, midpoints
 from lora.projection import NF4Weight
-from lora.reference.nf4 import SMALLEST_ABSMAX, encode
+from lora.reference.nf4 import SMALLEST_ABSMAX, encode, nf4_bytes
 
 CODES_IN_WORD = 8
 LARGEST_TILE = 8192
@@ -80,11 +80,12 @@ def nf4_dequantize_kernel(
     row = (tl.program_id(0) // row_tiles).to(tl.int64)
     tile = (tl.program_id(0) % row_tiles).to(tl.int64)
     o_element = tl.arange(0, TILE)
-    m_element = o_element < columns - tile * TILE
+    m_element = o_element < tl.minimum(columns - tile * TILE, TILE).to(tl.int32)
     if IN_WORDS:
         o_word = tl.arange(0, TILE // 8)
         p_word = codes_ptr + row * row_words + tile * (TILE // 8)
-        b_word = tl.load(p_word + o_word, mask=o_word < row_words - tile * (TILE // 8), other=0)
+        m_word = o_word < tl.minimum(row_words - tile * (TILE // 8), TILE).to(tl.int32)
+        b_word = tl.load(p_word + o_word, mask=m_word, other=0)
         o_nibble = tl.arange(0, 8) ^ 1  # in memory's order, but the high half of each byte comes first
         b_code = tl.reshape((b_word[:, None] >> (4 * o_nibble[None, :])) & 15, (TILE,))
     else:
@@ -117,10 +118,11 @@ def nf4_quantize_kernel(
 ):
     """One program: BLOCKS neighbouring blocks."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
+    left = tl.minimum(count - first * BLOCK_SIZE, BLOCKS * BLOCK_SIZE).to(tl.int32)  # elements of this program
     o_block = tl.arange(0, BLOCKS)
     o_element = o_block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # [BLOCKS, BLOCK_SIZE]
-    m_element = o_element < count - first * BLOCK_SIZE
-    b_weight = tl.load(weight_ptr + first * BLOCK_SIZE + o_element, mask=m_element, other=0).to(tl.float32)
+    p_weight = weight_ptr + first * BLOCK_SIZE + o_element
+    b_weight = tl.load(p_weight, mask=o_element < left, other=0).to(tl.float32)
     b_absmax = tl.max(tl.abs(b_weight), 1)  # [BLOCKS]
     b_reciprocal = tl.div_rn(1.0, tl.maximum(b_absmax, smallest))  # `/` would not round as torch does
     b_scaled = b_weight * b_reciprocal[:, None]
@@ -130,8 +132,8 @@ def nf4_quantize_kernel(
     b_high, b_low = tl.split(tl.reshape(b_code, (BLOCKS * BLOCK_SIZE // 2, 2)))
     o_byte = tl.arange(0, BLOCKS * BLOCK_SIZE // 2)
     p_byte = codes_ptr + first * (BLOCK_SIZE // 2) + o_byte
-    tl.store(p_byte, (b_high << 4 | b_low).to(tl.uint8), mask=2 * o_byte < count - first * BLOCK_SIZE)
-    tl.store(absmax_ptr + first + o_block, b_absmax, mask=o_block * BLOCK_SIZE < count - first * BLOCK_SIZE)
+    tl.store(p_byte, (b_high << 4 | b_low).to(tl.uint8), mask=o_byte < tl.cdiv(left, 2))
+    tl.store(absmax_ptr + first + o_block, b_absmax, mask=o_block < tl.cdiv(left, BLOCK_SIZE))
 
 
 class Tiling(NamedTuple):
@@ -238,3 +240,48 @@ class Tables(NamedTuple):
 def tables(device: str) -> Tables:
     """The code tables on one device."""
     return Tables(NF4_CODES.to(device), DYNAMIC_CODES.to(device), midpoints(NF4_CODES).to(device))
+
+
+def compile_specs() -> list[KernelSpec]:
+    """Llama-3.1-8B's widest matrix, alone and as columns of a bordered operand (r = 16)."""
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    specs = [_decode_spec(dtype, nested, 0) for dtype in (bfloat16, float16, float32) for nested in (True, False)]
+    specs += [_decode_spec(bfloat16, True, 16), _decode_spec(bfloat16, True, 0, block_size=256)]
+    return [*specs, *(_encode_spec(dtype) for dtype in (bfloat16, float32))]
+
+
+def _decode_spec(dtype: torch.dtype, nested: bool, border: int, block_size: int = 64) -> KernelSpec:
+    rows, columns = 14336, 4096
+    count, blocks = rows * columns, rows * columns // block_size
+
+    def empty(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    weight = NF4Weight(
+        empty(count // 2, torch.uint8), empty(blocks, torch.uint8 if nested else torch.float32), (rows, columns), dtype,
+        block_size, *((empty(blocks // 256, torch.float32), empty(1, torch.float32)) if nested else ()),
+    )  # fmt: skip
+    out = torch.empty(rows, columns + border, dtype=dtype, device="meta")[:, :columns]
+    moved = nf4_bytes(weight) + count * dtype.itemsize
+    kind = f"{'nested' if nested else 'plain'}{', bordered' if border else ''}, blocks of {block_size}"
+    return spec_of(
+        f"nf4_dequantize {str(dtype).removeprefix('torch.')} {kind}",
+        lambda: nf4_dequantize_into(weight, out),
+        nf4_dequantize_kernel,
+        bytes_moved=moved,
+        bytes_minimum=moved,
+        shape=f"{columns} -> {rows}",
+    )
+
+
+def _encode_spec(dtype: torch.dtype) -> KernelSpec:
+    weight = torch.empty(14336, 4096, dtype=dtype, device="meta")
+    moved = weight.nbytes + weight.numel() // 2 + weight.numel() // 16
+    return spec_of(
+        f"nf4_quantize {str(dtype).removeprefix('torch.')}",
+        lambda: nf4_quantize_blocks(weight, double_quant=False),
+        nf4_quantize_kernel,
+        bytes_moved=moved,
+        bytes_minimum=moved,
+        shape="4096 -> 14336",
+    )
