@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora
 from lora.errors import LoRAError
+from lora.layers import LoRALinear
 from lora.nf4_layer import NF4Linear
 from lora.reference.nf4 import nf4_dequantize
 
@@ -136,9 +137,7 @@ def nan_model() -> nn.Module:
 
 
 def injected(module: nn.Module) -> nn.Module:
-    wrapper = type("LoRALinear", (nn.Module,), {})()
-    wrapper.base_layer = module
-    return nn.Sequential(wrapper)
+    return nn.Sequential(LoRALinear(module))
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {

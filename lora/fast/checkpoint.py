@@ -27,7 +27,7 @@ from lora.reference.checkpoint import Inputs, Run, run_checkpointed
 
 
 def checkpoint(
-    function: Callable[..., Any], *args: Any, offload: bool = False, selective: bool = False, **kwargs: Any
+    function: Callable[..., Any], /, *args: Any, offload: bool = False, selective: bool = False, **kwargs: Any
 ) -> Any:
     """function(*args, **kwargs), keeping only its arguments until the backward; as `lora.reference.checkpoint`.
 

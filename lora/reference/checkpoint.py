@@ -271,7 +271,7 @@ class Keep(torch.autograd.Function):
         return anchor.new_empty(0)
 
 
-class KeepAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class KeepAttention(TorchDispatchMode):
     """First run with `selective`: copies of what attention operations return go to the list."""
 
     def __init__(self, kept: list[tuple[str, Any]]) -> None:
@@ -285,7 +285,7 @@ class KeepAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class ReplayAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ReplayAttention(TorchDispatchMode):
     """Second run with `selective`: attention operations return what the first run's returned, in order."""
 
     def __init__(self, kept: list[tuple[str, Any]]) -> None:

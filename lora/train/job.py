@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -127,6 +127,10 @@ class Job:
         self.console.print(f"[bold]{label:<10}[/bold]", end="", soft_wrap=True)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def working(self, text: str) -> AbstractContextManager[Any]:
+        """A moving sign of life on a terminal, for what takes a while."""
+        return self.console.status(text) if self.console.is_terminal else nullcontext()
+
     # ---- before
 
     def prepare(self) -> None:
@@ -139,7 +143,8 @@ class Job:
         if config.resume:
             self.say("resume", f"from {found.path}" if found.path else "no checkpoint yet: starting from the beginning")
         self.data = load_data(config)
-        self.model, self.tokenizer = load_model(config)
+        with self.working("loading the model"):
+            self.model, self.tokenizer = load_model(config)
         self.chat = config.chat_template and bool(self.tokenizer.chat_template)
         check_chat(self.data, self.chat)
         torch.manual_seed(config.seed)
@@ -191,7 +196,7 @@ class Job:
         """Held-out loss and answers of the model without its adapter."""
         record, prompts = self.trainer.run, self.prompts()
         stored = record.get("before", {})
-        with disable_adapters(self.model):
+        with disable_adapters(self.model), self.working("measuring the model before training"):
             if "loss" not in stored:
                 loss, tokens = self.trainer.held_out_loss() if self.data.held_out else (None, 0)
                 stored = {"loss": loss, "tokens": tokens}
@@ -242,9 +247,10 @@ class Job:
         """Measures again and writes the results."""
         before, prompts = self.trainer.run["before"], self.prompts()
         save_adapter(self.model, self.output / ADAPTER)
-        loss_after = self.held_out_after()
-        dispatch.for_inference(self.model)
-        answers = self.answers(prompts)
+        with self.working("measuring the trained model"):
+            loss_after = self.held_out_after()
+            dispatch.for_inference(self.model)
+            answers = self.answers(prompts)
         samples = tuple(
             Sample(prompt.text, prompt.expected, *pair)
             for prompt, *pair in zip(prompts, before["answers"], answers, strict=True)

@@ -279,4 +279,5 @@ def test_tiles_fit_the_shape() -> None:
         assert tile_for(1, 64, torch.bfloat16, arch) == tiles[-1]
     assert tile_for(256, 14336, torch.bfloat16, "sm_90").BLOCK_N == 128
     assert tile_for(64, 4096, torch.float16, "sm_90") == Tile(64, 32, 128, 4, 4)
+    assert tile_for(8192, 4096, torch.float16, "sm_90", masked=True) == gemm.WIDE_TILES["sm_90"][1]
     assert tile_for(8192, 4096, torch.float32, "gfx942") == gemm.WIDE_TILES_FLOAT32[0]

@@ -129,7 +129,7 @@ def skinny_gemm(
     tile, block_r = thin_tile_for(len(rows), r, x.dtype)
     mask = mask_arguments(dropout, fan_in)
     with torch.cuda.device_of(x):
-        skinny_kernel[(triton.cdiv(r, block_r), triton.cdiv(len(rows), tile.BLOCK_M))](
+        skinny_kernel[(triton.cdiv(r, block_r) * triton.cdiv(len(rows), tile.BLOCK_M),)](
             rows, lora_A, u_rows, len(rows), fan_in, r, rows.stride(0), *lora_A.stride(), u_rows.stride(0),
             scale * mask.scale, mask.key, mask.drop, DROPOUT=mask.present, BY_WORD=mask.by_word,
             EVEN_K=fan_in % tile.BLOCK_K == 0, PRECISION=precision_of(x.dtype), INTERPRET=interpreting(),
@@ -139,7 +139,7 @@ def skinny_gemm(
     return u
 
 
-def lora_A_gradient(  # noqa: N802
+def lora_A_gradient(
     du: Tensor, x: Tensor, dropout: Dropout | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """dA = duᵀ D(x), [r, in], a sum over tokens in float32, in a fixed order.
@@ -155,7 +155,7 @@ def lora_A_gradient(  # noqa: N802
     return _sum_over_tokens(x, du, dropout, dtype, transposed=True)
 
 
-def lora_B_gradient(dy: Tensor, u: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: N802
+def lora_B_gradient(dy: Tensor, u: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """dB = dyᵀ u, [out, r], for u as `lora_gemm` multiplied it (with the scale): a sum over tokens in a fixed order.
 
     Args, raises, FLOPs, moved: as `lora_A_gradient`, with dy [..., out] for x.
@@ -178,7 +178,7 @@ def _wide(
     x_rows, u_rows, h_rows = as_rows(x), as_rows(u), output_rows(h, torch.Size([*lead, N]), "out")
     w = w if 1 in w.stride() else w.contiguous()
     M = len(x_rows)
-    tile = tile_for(M, N, x.dtype, architecture(x.device)) if tile is None else tile
+    tile = tile_for(M, N, x.dtype, architecture(x.device), dropout is not None) if tile is None else tile
     mask = mask_arguments(dropout, N)
     with torch.cuda.device_of(x):
         lora_gemm_kernel[(triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)](
@@ -285,9 +285,13 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # sm_80's need no more shared memory than a consumer GPU has
 
 
-def tile_for(M: int, N: int, dtype: torch.dtype, arch: str) -> Tile:
-    """The largest tile that still makes a program for each multiprocessor, else the smallest."""
+def tile_for(M: int, N: int, dtype: torch.dtype, arch: str, masked: bool = False) -> Tile:
+    """The largest tile that still makes a program for each multiprocessor, else the smallest.
+
+    Beside a dropout mask in registers, an accumulator of 128 x 256 leaves too few: Triton 3.6 spills.
+    """
     tiles = WIDE_TILES_FLOAT32 if dtype == torch.float32 else WIDE_TILES[arch]
+    tiles = tuple(t for t in tiles if not (masked and t.BLOCK_M * t.BLOCK_N > 128 * 128))
     enough = (t for t in tiles if triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N) >= PROGRAMS)
     return next(enough, tiles[-1])
 
@@ -309,16 +313,17 @@ def sum_tile_for(N: int, r: int, dtype: torch.dtype) -> tuple[Tile, int]:
     return Tile(64, width, 0, 8 if width == 128 else 4, 4 if r <= 32 else 3), rank_block(r)
 
 
-def token_splits(tokens: int, N: int, r: int, dtype: torch.dtype) -> tuple[int, int]:
+def token_splits(tokens: int, N: int, r: int, dtype: torch.dtype, sums: int = 1) -> tuple[int, int]:
     """How many parts the tokens of a sum are split into, and the tokens of each: a function of the shape alone.
 
     Enough for two programs a multiprocessor, but each part at least 256 tokens and all parts, [N, r] float32 each,
-    at most 1/32 of the bytes of the wide operand: they are written once and read once.
+    at most 1/32 of the bytes of the wide operand: they are written once and read once. With several `sums`, each over
+    its share of the tokens, for the average share.
     """
     tile, block_r = sum_tile_for(N, r, dtype)
-    wanted = 2 * PROGRAMS // (triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(r, block_r))
-    affordable = tokens * dtype.itemsize // (32 * 4 * r)
-    splits = max(1, min(wanted, affordable, tokens // 256))
+    wanted = 2 * PROGRAMS // (triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(r, block_r) * sums)
+    affordable = tokens * dtype.itemsize // (32 * 4 * r * sums)
+    splits = max(1, min(wanted, affordable, tokens // (256 * sums)))
     span = triton.cdiv(triton.cdiv(tokens, splits), tile.BLOCK_M) * tile.BLOCK_M
     return triton.cdiv(tokens, span), span
 
@@ -427,8 +432,9 @@ def skinny_kernel(
 
     Programs beside each other have the same rows of x.
     """
-    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    o_r = tl.program_id(0) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_m = (tl.program_id(0) // blocks_r * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     m_m, m_r = o_m[:, None] < M, o_r[None, :] < R
     acc = thin_product(
         x_ptr, a_ptr, o_m, m_m, o_r, m_r, K, stride_xm, stride_ar, stride_ak, key, drop,
@@ -529,7 +535,7 @@ def _gemm_spec(dtype: torch.dtype, target: str, form: str, tokens: int = 8192) -
     Moved: a wave of programs, GROUP_M tiles high, reads its rows of x and columns of w once; L2 keeps them that long.
     """
     M, N, K, R = (tokens, 14336, 4096, 16) if "forward" in form else (tokens, 4096, 14336, 16)
-    tile = tile_for(M, N, dtype, target)
+    tile = tile_for(M, N, dtype, target, "dropout" in form)
     x, w, u, b, bias = _meta(dtype, (M, K), (K, N), (M, R), (R, N), (N,))
     if "forward" in form:
         weight, factor = torch.empty_like(w.T, memory_format=torch.contiguous_format), b.T.contiguous()

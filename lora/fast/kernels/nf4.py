@@ -39,7 +39,7 @@ from lora.reference.nf4 import SMALLEST_ABSMAX, encode, nf4_bytes
 CODES_IN_WORD = 8
 LARGEST_TILE = 8192
 PER_THREAD = 64  # elements
-QUANTIZE_TILE = 4096  # elements: 32 a thread
+QUANTIZE_TILE = 1024  # elements: 8 a thread of 4 warps
 FP_FUSION = False  # d · absmax2 + offset is rounded twice in the reference, and so here
 
 
@@ -112,7 +112,8 @@ def nf4_quantize_kernel(
     absmax_ptr,  # float32 [blocks]
     midpoints_ptr,  # float32 [15]: half way between neighbouring codes
     count,  # n
-    smallest: tl.float32,
+    packed,  # ceil(n / 2)
+    smallest,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -124,15 +125,17 @@ def nf4_quantize_kernel(
     p_weight = weight_ptr + first * BLOCK_SIZE + o_element
     b_weight = tl.load(p_weight, mask=o_element < left, other=0).to(tl.float32)
     b_absmax = tl.max(tl.abs(b_weight), 1)  # [BLOCKS]
-    b_reciprocal = tl.div_rn(1.0, tl.maximum(b_absmax, smallest))  # `/` would not round as torch does
+    b_divisor = tl.maximum(b_absmax, tl.full((BLOCKS,), smallest, tl.float32))
+    b_reciprocal = tl.div_rn(1.0, b_divisor)  # `/` would not round as torch does
     b_scaled = b_weight * b_reciprocal[:, None]
     b_code = tl.zeros((BLOCKS, BLOCK_SIZE), tl.int32)
     for j in tl.static_range(15):
         b_code += (b_scaled > tl.load(midpoints_ptr + j)).to(tl.int32)  # a tie: the lower code
     b_high, b_low = tl.split(tl.reshape(b_code, (BLOCKS * BLOCK_SIZE // 2, 2)))
+    first_byte = first * (BLOCK_SIZE // 2)
     o_byte = tl.arange(0, BLOCKS * BLOCK_SIZE // 2)
-    p_byte = codes_ptr + first * (BLOCK_SIZE // 2) + o_byte
-    tl.store(p_byte, (b_high << 4 | b_low).to(tl.uint8), mask=o_byte < tl.cdiv(left, 2))
+    m_byte = o_byte < tl.minimum(packed - first_byte, BLOCKS * BLOCK_SIZE // 2).to(tl.int32)
+    tl.store(codes_ptr + first_byte + o_byte, (b_high << 4 | b_low).to(tl.uint8), mask=m_byte)
     tl.store(absmax_ptr + first + o_block, b_absmax, mask=o_block < tl.cdiv(left, BLOCK_SIZE))
 
 
@@ -212,7 +215,7 @@ def nf4_quantize_blocks(
     blocks = max(1, QUANTIZE_TILE // block_size)
     with torch.cuda.device_of(weight):
         nf4_quantize_kernel[(triton.cdiv(len(absmax), blocks),)](
-            values, codes, absmax, tables(str(weight.device)).midpoints, count, SMALLEST_ABSMAX,
+            values, codes, absmax, tables(str(weight.device)).midpoints, count, len(codes), SMALLEST_ABSMAX,
             BLOCK_SIZE=block_size, BLOCKS=blocks, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     quantised = NF4Weight(codes, absmax, tuple(weight.shape), weight.dtype, block_size)
