@@ -105,6 +105,8 @@ def read_gguf(path: Path) -> GGUFFile:
         name: _place(path, len(data), name, shape, ggml_type, data_start + offset)
         for name, shape, ggml_type, offset in infos
     }
+    if len(tensors) < tensor_count:
+        raise LoRAError(f"{path} is damaged: {tensor_count - len(tensors)} of its tensors have another one's name.")
     return GGUFFile(path, metadata, tensors, data)
 
 

@@ -2,7 +2,8 @@
 
 llama.cpp's converter renames the tensors and, for llama, reorders the rows of q and k; both are undone here, tensor by
 tensor, so that one tensor at most is in memory. Config and tokenizer are built from the metadata. What is written is
-float32, which loses nothing of a quantised file. This module imports transformers and gguf: import it where needed.
+float32, which loses nothing of a quantised file and takes four bytes a parameter on disk. This module imports
+transformers and gguf: import it where needed.
 """
 
 from __future__ import annotations
@@ -208,6 +209,7 @@ def build_config(file: GGUFFile) -> Any:
         "rms_norm_eps": _shortest(file.number("attention.layer_norm_rms_epsilon")),
         "rope_parameters": rope_parameters(file, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **special_ids(file),
     }
@@ -217,14 +219,15 @@ def build_config(file: GGUFFile) -> Any:
 def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
     """RoPE's base and scaling. Llama 3's scaling is no metadata in GGUF but a tensor of divisors, one a frequency."""
     theta = _shortest(file.number("rope.freq_base", 10000.0))
-    kind = file.get(f"{file.architecture}.rope.scaling.type", "none")
+    factor = _shortest(file.number("rope.scaling.factor", old := file.number("rope.scale_linear", 1.0)))
+    kind = file.get(f"{file.architecture}.rope.scaling.type", "none" if old == 1 else "linear")  # old: before 2023-10
     if "rope_freqs.weight" in file.tensors:
         return llama3_rope(file, theta, head_dim)
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if kind not in ("linear", "yarn"):
         raise LoRAError(f"{file.path} has RoPE scaling {kind!r}; none, linear and yarn are supported.")
-    parameters = {"rope_type": kind, "rope_theta": theta, "factor": _shortest(file.number("rope.scaling.factor", 1.0))}
+    parameters = {"rope_type": kind, "rope_theta": theta, "factor": factor}
     if kind == "yarn":
         parameters["original_max_position_embeddings"] = file.whole("rope.scaling.original_context_length")
     return parameters

@@ -73,7 +73,7 @@ def load(
     A GGUF file is converted once, to float32, and kept under LORA_CACHE (else lora-twin in the user's cache directory).
     """
     request = _checked(name_or_path, quantization, dtype, device)
-    _need("transformers", "loading a model")
+    _need("transformers", "Loading a model")
     path = Path(request.name).expanduser()
     if request.name.lower() == PACKAGED_MODEL and not path.exists():
         path = packaged_model_path()
@@ -144,7 +144,7 @@ def _need(package: str, purpose: str) -> None:
 
 
 def _load_gguf(path: Path, request: Request) -> tuple[Any, Any]:
-    _need("gguf", "reading a GGUF file")
+    _need("gguf", "Reading a GGUF file")
     from lora.gguf_loader import converted
 
     with _quiet(progress=False), _translated(request, "GGUF file"), converted(path) as directory:

@@ -9,6 +9,7 @@ This module imports transformers: import it where it is needed, not at the top o
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,13 @@ class NF4Quantizer(HfQuantizer):
             raise LoRAError(
                 f"quantization='nf4' finds nothing to do in a {type(model).__name__}: it has no nn.Linear besides the "
                 "output head. Load it without quantization."
+            )
+        experts = [name for name, module in model.named_modules() if _has_stacked_weights(module)]
+        if experts:
+            warnings.warn(
+                f"quantization='nf4' leaves {len(experts)} modules in full precision: {experts[0]} and its like hold "
+                "several matrices in one tensor, and only nn.Linear is quantised",
+                stacklevel=2,
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -171,6 +179,12 @@ def target_weights(model: Any) -> set[str]:
         and owners[id(module.weight)] == 1
         and f"{path}.weight" not in tied
     }
+
+
+def _has_stacked_weights(module: nn.Module) -> bool:
+    """Whether a module holds several matrices as one parameter, as mixtures of experts do."""
+    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    return stacked and not isinstance(module, nn.Conv1d)
 
 
 def checkpoint_config(model: nn.Module) -> dict[str, Any]:

@@ -165,13 +165,12 @@ def test_transformers_own_loader_agrees(tmp_path, name):
     assert torch.equal(model(IDS).logits, theirs(IDS).logits)
 
 
-def test_biases_of_q_and_k_are_put_in_order_too(tmp_path):
-    original = llama(attention_bias=True)
+def test_biases_are_loaded_and_those_of_q_and_k_put_in_order(tmp_path):
+    original = llama(attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         for key, parameter in original.named_parameters():
             if key.endswith("bias"):
                 parameter.normal_()
-    # llama.cpp permutes them like the weights; o_proj's bias is zero in such models and its converter writes it
     model, _ = lora.load(write(tmp_path / "m.gguf", original))
     assert torch.equal(model(IDS).logits, original(IDS).logits)
 
@@ -268,6 +267,8 @@ def test_rope_base_and_linear_scaling(tmp_path):
     torch.testing.assert_close(frequencies(lora.load(path)[0]), base_frequencies(theta=5e5), **FLOAT32)
     path = write(tmp_path / "b.gguf", llama(), change=scaled(scaling__type="linear", scaling__factor=4.0))
     torch.testing.assert_close(frequencies(lora.load(path)[0]), base_frequencies() / 4, **FLOAT32)
+    path = write(tmp_path / "c.gguf", llama(), change=scaled(scale_linear=2.0))  # as files of 2023 say it
+    torch.testing.assert_close(frequencies(lora.load(path)[0]), base_frequencies() / 2, **FLOAT32)
 
 
 def test_rope_yarn(tmp_path):

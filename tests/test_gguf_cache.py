@@ -246,6 +246,13 @@ def test_a_tensor_type_that_cannot_be_decoded_is_named(path, number, name):
         lora.load(path)
 
 
+def test_a_name_given_twice_is_damage(path):
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"))
+    with pytest.raises(lora.LoRAError, match="1 of its tensors have another one's name"):
+        lora.load(path)
+
+
 @pytest.mark.parametrize("version", [1, 4, 3 << 24])
 def test_another_version_is_refused(path, version):
     data = path.read_bytes()

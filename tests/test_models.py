@@ -173,7 +173,12 @@ def test_importing_lora_imports_neither_transformers_nor_gguf():
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_nf4_while_loading_is_quantize_after_loading(saved, dtype):
     original, path = saved
-    model, _ = lora.load(path, quantization="nf4", dtype=dtype)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model, _ = lora.load(path, quantization="nf4", dtype=dtype)
+    said = [str(warning.message) for warning in seen]
+    stacked = original.config.model_type == "mixtral"
+    assert len(said) == stacked and all("leaves 2 modules in full precision: model.layers.0.mlp" in s for s in said)
     expected = lora.quantize(lora.load(path, dtype=dtype)[0])
     assert_same_state(model, expected)
     assert [(name, type(module)) for name, module in model.named_modules()] == [

@@ -51,7 +51,7 @@ def truth(logits: Tensor, labels: Tensor, options: Options, weight: Tensor) -> T
 
 
 def bounds(logits: Tensor, labels: Tensor, options: Options, weight: Tensor, exact: Truth, u: float) -> Truth:
-    """What float32 arithmetic may lose, worst case to first order, and one rounding of the gradient to the logits' type.
+    """What float32 may lose, worst case to first order, and one rounding of the gradient to the logits' type.
 
     z: one rounding, or sixteen through the cap (three products, 1 / cap, and tanh, which has eight). lse: an error in
     every z moves it by at most the largest; e^(z - max) has a relative error of 4 roundings and 4 |z - max|, over all
@@ -165,7 +165,7 @@ def test_very_unlikely_and_very_likely_labels(softcap: float | None, device: str
 
 
 def test_classes_that_are_ruled_out(device: str) -> None:
-    """A logit of -inf has probability 0 and no gradient, in every lane and block, and the rest is as if it were absent."""
+    """A logit of -inf has no probability and no gradient, in every lane and block; the rest is as if it were absent."""
     vocab = BLOCK + 300
     logits, labels = normal(2, vocab).to(device), torch.tensor([5, vocab - 1], device=device)
     out = torch.arange(vocab, device=device) % 3 == 0
@@ -239,7 +239,9 @@ def test_bad_input_is_refused(device: str) -> None:
         with pytest.raises(LoRAError, match=r"logits is .*, expected \[rows, vocab\] in float32"):
             cross_entropy_(bad, labels)
     for bad in (logits.new_empty(6, 4).T, logits[:1].expand(4, 6), logits.new_empty(4, 12)[:, ::2]):
-        with pytest.raises(LoRAError, match=r"expected the 6 logits of a row side by side and rows that do not overlap"):
+        with pytest.raises(
+            LoRAError, match=r"expected the 6 logits of a row side by side and rows that do not overlap"
+        ):
             cross_entropy_(bad, labels)
     for bad in ({"labels": labels[:3]}, {"labels": labels.int()}, {"weight": logits[:, 0].half()}, {"lse": logits}):
         with pytest.raises(LoRAError, match=rf"{next(iter(bad))} is .*, expected torch.\w+ \[4\]: one a row"):

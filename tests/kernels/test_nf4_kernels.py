@@ -125,7 +125,9 @@ def test_any_rank_and_size(shape: tuple[int, ...], device: str) -> None:
 def test_a_destination_that_does_not_fit_is_refused(device: str) -> None:
     quantised = to(nf4_quantize(normal(4, 32)), device)
     for out in (torch.empty(4, 33, device=device), torch.empty(4, 32, dtype=torch.int32, device=device)):
-        with pytest.raises(LoRAError, match=r"NF4 weight \[4, 32\] .* expected a floating tensor of the weight's shape"):
+        with pytest.raises(
+            LoRAError, match=r"NF4 weight \[4, 32\] .* expected a floating tensor of the weight's shape"
+        ):
             nf4_dequantize_into(quantised, out)
     with pytest.raises(LoRAError, match="expected a floating tensor of the weight's shape on its device"):
         nf4_dequantize_into(quantised, torch.empty(4, 32, device="meta"))

@@ -99,7 +99,8 @@ def check_rows(logits: Tensor, labels: Tensor, weight: float | Tensor, lse: Tens
 
 def block_size(vocab: int) -> int:
     """BLOCK, or as short as the vocabulary, but at least 8 logits for each thread of one warp."""
-    return min(BLOCK, max(PER_WARP, triton.next_power_of_2(vocab)))
+    size: int = min(BLOCK, max(PER_WARP, triton.next_power_of_2(vocab)))
+    return size
 
 
 @triton.jit

@@ -133,7 +133,8 @@ def in_rows(source: Tensor, out: Tensor, name: str) -> tuple[Tensor, Tensor, Til
 
 def tile_size(features: int) -> int:
     """TILE elements, or as short as a row, but at least 8 for each thread of one warp."""
-    return min(TILE, max(256, triton.next_power_of_2(features)))
+    size: int = min(TILE, max(256, triton.next_power_of_2(features)))
+    return size
 
 
 def launch_key(seed: int, stream: int = 0) -> int:

@@ -168,7 +168,7 @@ def nf4_dequantize_into(quantised: NF4Weight, out: Tensor) -> Tensor:
         return out
     rows = out.view(1, -1) if out.is_contiguous() else output_rows(out, out.shape, "out")
     columns = rows.shape[1]
-    how = tiling(*rows.shape, quantised.block_size)
+    how = tiling(rows.shape[0], columns, quantised.block_size)
     codes = quantised.codes
     in_words = columns % CODES_IN_WORD == 0 and codes.data_ptr() % 4 == 0 and codes.storage_offset() % 4 == 0
     nested = quantised.nested_absmax is not None
