@@ -22,8 +22,9 @@ $(SETUP): pyproject.toml constraints.txt
 demo: $(SETUP)  ## fine-tune a real model on real text, in a few minutes
 	$(BIN)/python examples/docstrings.py
 
-test: check  ## lint, types, and every test
+test: check  ## lint, types, and every test (Triton kernels in its interpreter, in a process of their own)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 tests/kernels
 
 check: $(SETUP)  ## lint and types only
 	$(BIN)/ruff check .

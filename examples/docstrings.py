@@ -41,7 +41,7 @@ INSTRUCTIONS = {
     "class": "Describe the Python class in one sentence.",
 }
 HELD_OUT_SHARE = 0.1  # of the pairs, in whole packages
-MEASURED = 96  # held-out pairs that the loss is measured on
+MEASURED = 80  # held-out pairs that the loss is measured on
 ANSWERED = 24  # of them, how many the model answers before and after
 SHOWN = 6  # of those, how many the report shows
 ANSWER_TOKENS = 40
@@ -54,8 +54,8 @@ SETTINGS: dict[str, Any] = {
     "warmup": 0.1,
     "batch_size": 8,
     "max_length": 160,
-    "max_steps": 60,
-    "eval_every": 20,
+    "max_steps": 48,
+    "eval_every": 24,
     "save_every": 0,
     "seed": 0,
 }

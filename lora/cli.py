@@ -28,8 +28,8 @@ COMMANDS = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 OUT_OF_MEMORY = (
-    "out of memory: lower --batch-size or --max-length (and raise --grad-accumulation), or use --checkpointing recompute "
-    "or --quantization nf4."
+    "out of memory: lower --batch-size (and raise --grad-accumulation) or --max-length, or use "
+    "--checkpointing recompute or --quantization nf4."
 )
 EXAMPLES = """\
 examples:

@@ -115,6 +115,16 @@ def test_nothing_but_the_run_speaks(files: dict[str, Path], tmp_path: Path, capf
     assert [str(w.message) for w in recwarn] == []
 
 
+def test_a_run_that_diverges_stops_and_says_so(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        LoRAError, match=r"the loss is (nan|inf) after step \d+: training has diverged. Lower lr \(1e\+20"
+    ):
+        trained(settings(files, tmp_path / "out", lr=1e20, warmup=0.0))
+    assert not (tmp_path / "out" / "adapter").exists()
+    records = (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert "NaN" not in records and "Infinity" not in records
+
+
 def test_text_without_a_chat_template(files: dict[str, Path], tmp_path: Path) -> None:
     with quiet():
         model = save_tiny_model(tmp_path / "plain", chat=False)

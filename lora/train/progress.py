@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
+from lora.errors import LoRAError
+
 PLAIN_LINES = 20  # lines in a whole run, where there is no terminal
 KEPT = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
 
@@ -110,7 +112,7 @@ class Metrics(TrainerCallback):
         self._write("a", [record])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        values = {name: logs[key] for key, name in KEPT.items() if key in (logs or {})} if logs else {}
+        values = {name: logs[key] for key, name in KEPT.items() if logs and math.isfinite(logs.get(key, math.nan))}
         if values:
             self.add(state.global_step, **values)
 
@@ -131,7 +133,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Control(TrainerCallback):
-    """Starts the run where it is to start, and ends it after the step in which the user interrupts it."""
+    """Starts the run where it is to start, and ends it when the user interrupts it or the loss is no number."""
 
     def __init__(self, on_begin: Callable[[Any], None]) -> None:
         self.on_begin, self.interrupted = on_begin, False
@@ -141,6 +143,14 @@ class Control(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_begin(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise LoRAError(
+                f"the loss is {loss} after step {state.global_step}: training has diverged. Lower lr "
+                f"({args.learning_rate:g} now), or raise warmup."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.interrupted:

@@ -202,6 +202,7 @@ def arguments(config: TrainConfig) -> Any:
         eval_steps=config.eval_every or None,
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or math.inf,
+        logging_nan_inf_filter=False,  # it would log a mean of earlier losses instead
         report_to="none",  # our own callbacks
         disable_tqdm=True,
         log_level="error",

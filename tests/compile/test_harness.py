@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lora.errors import LoRAError
 from lora.fast.kernels import compile_check
-from lora.fast.kernels.compile_check import MATRIX_KINDS, POINTER, TARGETS, KernelSpec, compile_for
+from lora.fast.kernels.compile_check import MATRIX_KINDS, POINTER, TARGETS, KernelSpec, compile_for, spec_of
 
 
 @triton.jit
@@ -146,6 +146,33 @@ def test_specs_that_do_not_fit_are_refused() -> None:
         compile_for(replace(spec, constexprs={"BLOCK": 64, "block": 64}), "sm_90")
     with pytest.raises(LoRAError, match=r"unknown or given twice \['z_ptr'\]"):
         compile_for(replace(spec, divisible=("z_ptr",)), "sm_90")
+
+
+@triton.jit(do_not_specialize=["seed"])
+def every_kind(x_ptr, y_ptr, bias_ptr, rows, columns, one, far, seed: tl.int64, scale, BLOCK: tl.constexpr):
+    tl.store(y_ptr + seed, tl.load(x_ptr + rows + columns + one + far) * scale)
+
+
+def test_a_spec_is_what_the_launch_says() -> None:
+    x = torch.empty(100, dtype=torch.bfloat16, device="meta")[3:]
+    y = torch.empty(100, device="meta")
+
+    def launch(rows: int) -> None:
+        every_kind[(rows,)](x, y, None, rows, 48, 1, 2**33, 16, 1.0, BLOCK=64, num_warps=8, num_stages=2)
+
+    spec = spec_of("kinds", lambda: launch(7), every_kind, shape="7 rows", bytes_moved=5)
+    assert spec.signature == {
+        "x_ptr": "*bf16", "y_ptr": "*fp32", "rows": "i32", "columns": "i32", "far": "i64", "seed": "i64",
+        "scale": "fp32",
+    }  # fmt: skip
+    assert spec.constexprs == {"bias_ptr": None, "one": 1, "BLOCK": 64}
+    assert spec.divisible == ("y_ptr", "columns", "far")  # x begins 6 bytes in
+    assert (spec.num_warps, spec.num_stages, spec.shape, spec.bytes_moved) == (8, 2, "7 rows", 5)
+    assert "run" not in vars(every_kind)
+    assert compile_for(spec, "sm_90").registers > 0
+    with pytest.raises(ZeroDivisionError):
+        spec_of("fails", lambda: launch(7 // 0), every_kind)
+    assert "run" not in vars(every_kind)
 
 
 def test_refused_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

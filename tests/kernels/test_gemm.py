@@ -34,6 +34,7 @@ from lora.reference.linear import lora_linear, lora_linear_backward
 from lora.testing import SPREAD, LinearCase, assert_within, in_float64, linear_bounds, unit_roundoff
 
 SMALL = Tile(16, 16, 16, 4, 2)  # several tiles, groups and steps in the smallest matrices
+RANKS = st.one_of(st.integers(1, 20), st.sampled_from([64, 65, 70]))  # kernels take 64 at a time
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Roundoff = Callable[[torch.dtype], float]
 
@@ -65,7 +66,7 @@ def check(actual: Tensor, products: list[tuple[Any, ...]], rounding: float, plus
 
 
 @given(
-    M=st.integers(1, 50), K=st.integers(1, 50), N=st.integers(1, 50), R=st.integers(1, 70),
+    M=st.integers(1, 50), K=st.integers(1, 50), N=st.integers(1, 50), R=RANKS,
     dtype=st.sampled_from(DTYPES), views=st.booleans(), bias=st.booleans(), scale=st.sampled_from([1.0, 2.0, -0.3]),
     transposed=st.booleans(), seed=st.integers(0, 2**32),
 )  # fmt: skip
@@ -88,6 +89,14 @@ def test_forward(
     assert buffer[:, 0].isnan().all() and buffer[:, N + 1].isnan().all()
     plus = 0.0 if b is None else b.double().cpu()
     check(out, [(x, weight.T, 1.0), (u, B.T, scale)], roundoff(dtype), plus)
+
+
+def test_more_rows_of_tiles_than_go_together(device: str, roundoff: Roundoff) -> None:
+    M = 16 * (gemm.GROUP_M + 3)  # one whole group, and one of three
+    x, weight, u, B = (
+        normal(*s, seed=i, dtype=torch.float16, device=device) for i, s in enumerate([(M, 9), (33, 9), (M, 2), (33, 2)])
+    )
+    check(lora_gemm(x, weight, u, B, tile=SMALL), [(x, weight.T, 1.0), (u, B.T, 1.0)], roundoff(torch.float16))
 
 
 @given(
@@ -114,7 +123,7 @@ def test_input_gradient(
 
 
 @given(
-    M=st.integers(1, 70), K=st.integers(1, 300), R=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
+    M=st.integers(1, 70), K=st.integers(1, 300), R=RANKS, dtype=st.sampled_from(DTYPES),
     p=st.sampled_from([0.0, 0.25, 0.9]), scale=st.sampled_from([1.0, 0.7]), columns=st.booleans(),
     seed=st.integers(0, 2**32),
 )  # fmt: skip
@@ -133,10 +142,10 @@ def test_skinny(
 
 
 @given(
-    tokens=st.sampled_from([1, 33, 70, 256, 600, 801]), N=st.integers(1, 70), R=st.integers(1, 70),
+    tokens=st.sampled_from([1, 33, 70, 256, 600, 801]), N=st.integers(1, 70), R=RANKS,
     dtype=st.sampled_from(DTYPES), p=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 2**32),
 )  # fmt: skip
-def test_gradients_of_A_and_B(  # noqa: N802
+def test_gradients_of_A_and_B(
     device: str, tokens: int, N: int, R: int, dtype: torch.dtype, p: float, seed: int
 ) -> None:
     wide = strided(normal(tokens, N, seed=seed, dtype=dtype, device=device))

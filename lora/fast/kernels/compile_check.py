@@ -176,7 +176,7 @@ def _specialised(name: str, kernel: Any, given: dict[str, Any], details: dict[st
             if isinstance(value, int) and value % 16 == 0:
                 divisible.append(parameter.name)
     schedule = {field: given[field] for field in ("num_warps", "num_stages") if field in given}
-    schedule["fp_fusion"] = given.get("enable_fp_fusion", True)
+    details = {"fp_fusion": given.get("enable_fp_fusion", True), **details}
     return KernelSpec(name, kernel, signature, constexprs, divisible=tuple(divisible), **schedule, **details)
 
 

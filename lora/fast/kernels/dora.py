@@ -128,10 +128,7 @@ def dora_norm_kernel(
         p_w += BLOCK_K
         p_a += BLOCK_K * stride_ak
     squares = tl.sum(total, 1)
-    if norm_ptr.dtype.element_ty == tl.float64:
-        norm = tl.sqrt(squares)
-    else:
-        norm = tl.sqrt_rn(squares)  # float32's tl.sqrt is an approximation
+    norm = tl.sqrt(squares) if tl.float64 == WIDE else tl.sqrt_rn(squares)  # float32's tl.sqrt is an approximation
     tl.store(norm_ptr + o_n, norm, mask=o_n < N)
 
 
@@ -139,7 +136,7 @@ def compile_specs() -> list[KernelSpec]:
     """Projections of Llama-3.1-8B: 4096 inputs to 1024 (k, v), 4096 (q, o) and 14336 (gate, up) rows."""
     specs = []
     for dtype, N, R in (
-        (torch.bfloat16, 4096, 16), (torch.float16, 4096, 16), (torch.float32, 4096, 16), (torch.float64, 4096, 16),
+        (torch.bfloat16, 4096, 16), (torch.float32, 4096, 16), (torch.float64, 4096, 16),
         (torch.bfloat16, 1024, 16), (torch.bfloat16, 14336, 64), (torch.bfloat16, 4096, 128),
     ):  # fmt: skip
         weight, A, B = (torch.empty(s, dtype=dtype, device="meta") for s in ((N, 4096), (R, 4096), (N, R)))

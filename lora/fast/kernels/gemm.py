@@ -509,13 +509,13 @@ SMALL = (("forward", 256), ("backward", 512), ("forward", 64))  # batches that t
 def compile_specs(target: str = "sm_90") -> list[KernelSpec]:
     """What the launchers compile for Llama-3.1-8B with r = 16 on 8192 tokens, with `target`'s tiles."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    specs = [_gemm_spec(dtype, target, form) for dtype in (bf16, fp32) for form in ("forward", "backward")]
-    specs += [_gemm_spec(bf16, target, form) for form in ("forward bias", "backward dropout")]
-    specs += [_gemm_spec(fp16, target, "forward"), *(_gemm_spec(bf16, target, form, tokens) for form, tokens in SMALL)]
-    specs += [_skinny_spec(dtype, 8192, 16, p) for dtype in (bf16, fp32) for p in (0.0, 0.1)]
-    specs += [_skinny_spec(fp16, 8192, 16, 0.1), _skinny_spec(bf16, 8192, 48, 0.0), _skinny_spec(bf16, 512, 16, 0.1)]
-    specs += [_sum_spec(dtype, 4096, 16, p) for dtype in (bf16, fp32) for p in (0.0, 0.1)]
-    specs += [_sum_spec(fp16, 4096, 16, 0.1), *(_sum_spec(bf16, *how) for how in ((1024, 16, None), (4096, 64, 0.0)))]
+    forms = [("forward", bf16), ("backward", bf16), ("forward bias", bf16), ("backward dropout", bf16)]
+    specs = [_gemm_spec(dtype, target, form) for form, dtype in (*forms, ("forward", fp16), ("forward", fp32))]
+    specs += [_gemm_spec(bf16, target, form, tokens) for form, tokens in SMALL]
+    specs += [_skinny_spec(dtype, 8192, 16, p) for dtype, p in ((bf16, 0.0), (bf16, 0.1), (fp32, 0.0))]
+    specs += [_skinny_spec(bf16, 8192, 48, 0.0), _skinny_spec(bf16, 512, 16, 0.1)]
+    specs += [_sum_spec(dtype, 4096, 16, p) for dtype, p in ((bf16, 0.0), (bf16, 0.1), (fp32, 0.0))]
+    specs += [_sum_spec(bf16, 1024, 16, None), _sum_spec(bf16, 4096, 64, 0.0)]
     parts = torch.empty(8, 16, 4096, device="meta")
     moved = 4 * (parts.numel() + parts[0].numel())
     specs.append(
@@ -548,7 +548,7 @@ def _gemm_spec(dtype: torch.dtype, target: str, form: str, tokens: int = 8192) -
     waves = triton.cdiv(M, tile.BLOCK_M * rows) * triton.cdiv(N, tile.BLOCK_N * columns)
     read = waves * (rows * tile.BLOCK_M + columns * tile.BLOCK_N) * K
     return spec_of(
-        f"lora_gemm {form} {_short(dtype)}, {tile.BLOCK_M}x{tile.BLOCK_N}", call, lora_gemm_kernel,
+        f"lora_gemm {form} {_short(dtype)}, {M} tokens, tile {tile.BLOCK_M}x{tile.BLOCK_N}", call, lora_gemm_kernel,
         shape=f"{M} tokens, {K} -> {N}, r {R}", bytes_moved=dtype.itemsize * (read + M * N + R * (M + N)),
         bytes_minimum=dtype.itemsize * (M * K + K * N + M * N + R * (M + N)), flops=2 * M * N * (K + R),
     )  # fmt: skip

@@ -32,6 +32,7 @@ from torch import Tensor
 from lora.errors import LoRAError
 from lora.fast.kernels.activation import output_rows
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
+from lora.fast.runtime import interpreting
 from lora.nf4_format import DYNAMIC_CODES, NF4_CODES, midpoints
 from lora.projection import NF4Weight
 from lora.reference.nf4 import SMALLEST_ABSMAX, encode, nf4_bytes
@@ -57,6 +58,16 @@ def block_absmax(
 
 
 @triton.jit
+def rounded(b_value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """Float32 in `dtype`, to nearest, ties to even; the interpreter would cut bfloat16 off, and bits are promised."""
+    if INTERPRET and dtype == tl.bfloat16:
+        b_bits = b_value.to(tl.uint32, bitcast=True)
+        b_bits += 0x7FFF + ((b_bits >> 16) & 1)
+        return (b_bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return b_value.to(dtype)
+
+
+@triton.jit
 def nf4_dequantize_kernel(
     codes_ptr,  # int32 [n / 8] where IN_WORDS, else uint8 [ceil(n / 2)]
     absmax_ptr,  # uint8 [blocks], or float32 where NESTED_SIZE is 0
@@ -74,6 +85,7 @@ def nf4_dequantize_kernel(
     GROUP: tl.constexpr,  # elements of a row that surely share a block: BLOCK_SIZE, or less if rows cut blocks
     NESTED_SIZE: tl.constexpr,
     IN_WORDS: tl.constexpr,
+    INTERPRET: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program: TILE neighbouring elements of one row."""
@@ -102,7 +114,7 @@ def nf4_dequantize_kernel(
     b_absmax = tl.reshape(tl.broadcast_to(b_absmax[:, None], (TILE // GROUP, GROUP)), (TILE,))
     b_value = tl.gather(tl.load(values_ptr + tl.arange(0, 16)), b_code, 0)
     p_out = out_ptr + row * out_stride + tile * TILE
-    tl.store(p_out + o_element, (b_value * b_absmax).to(out_ptr.dtype.element_ty), mask=m_element)
+    tl.store(p_out + o_element, rounded(b_value * b_absmax, out_ptr.dtype.element_ty, INTERPRET), mask=m_element)
 
 
 @triton.jit
@@ -179,8 +191,8 @@ def nf4_dequantize_into(quantised: NF4Weight, out: Tensor) -> Tensor:
             quantised.nested_offset, values, dynamic, rows, columns, columns // CODES_IN_WORD,
             triton.cdiv(columns, how.group), rows.stride(0), how.row_tiles,
             BLOCK_SIZE=quantised.block_size, GROUP=how.group,
-            NESTED_SIZE=quantised.nested_block_size if nested else 0, IN_WORDS=in_words, TILE=how.tile,
-            num_warps=how.num_warps, enable_fp_fusion=FP_FUSION,
+            NESTED_SIZE=quantised.nested_block_size if nested else 0, IN_WORDS=in_words,
+            INTERPRET=interpreting(), TILE=how.tile, num_warps=how.num_warps, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return out
 
