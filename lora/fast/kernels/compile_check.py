@@ -180,7 +180,7 @@ def _specialised(name: str, kernel: Any, given: dict[str, Any], details: dict[st
     return KernelSpec(name, kernel, signature, constexprs, divisible=tuple(divisible), **schedule, **details)
 
 
-def _scalar(value: float) -> str:
+def _scalar(value: int | float) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -16,6 +16,8 @@ Squares cannot cancel in a sum of squares: its error is that of w + s Aᵀb itse
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -144,7 +146,7 @@ def compile_specs() -> list[KernelSpec]:
         specs.append(
             spec_of(
                 f"dora_norm {dtype}, {N} rows, r {R}".replace("torch.", ""),
-                lambda weight=weight, A=A, B=B: dora_norm(weight, A, B, 2.0), dora_norm_kernel,
+                functools.partial(dora_norm, weight, A, B, 2.0), dora_norm_kernel,
                 shape=f"{N} x 4096, r {R}", bytes_moved=moved, bytes_minimum=moved, flops=2 * N * 4096 * (R + 2),
             )
         )  # fmt: skip

@@ -330,7 +330,7 @@ def token_splits(tokens: int, N: int, r: int, dtype: torch.dtype, sums: int = 1)
 
 def rank_block(r: int) -> int:
     """Ranks at a time: a power of two from 16 (the least that a matrix instruction takes) to 64."""
-    return min(64, max(16, triton.next_power_of_2(r)))
+    return int(min(64, max(16, triton.next_power_of_2(r))))
 
 
 @triton.jit
