@@ -16,7 +16,9 @@ from lora.projection import Dropout
 
 SPECS = [*gemm.compile_specs(), *multi_lora.compile_specs(), *dora.compile_specs()]
 WITH_DROPOUT = [spec for spec in SPECS if spec.constexprs.get("DROPOUT")]  # the longest programs of their kernels
-ONE_OF_EACH = list({spec.fn: spec for spec in (*reversed(SPECS), *WITH_DROPOUT)}.values())  # bfloat16, the main shape
+ONE_OF_EACH = list(
+    {spec.fn: spec for spec in (*reversed(SPECS), *reversed(WITH_DROPOUT))}.values()
+)  # bfloat16, the main shape
 
 CEILINGS = {  # registers a thread on sm_90; 65,536 are shared by the threads of a multiprocessor
     "lora_gemm": 208,  # 128 of them sum; 256 threads, one program a multiprocessor
@@ -125,6 +127,15 @@ def test_sizes_of_one_compile(name: str) -> None:
     call, kernel, others = launches(1, 1, 1, 1)[name]
     spec = spec_of(f"{name} of ones", call, kernel, *others)
     assert 1 in spec.constexprs.values()
+    check(spec, compile_for(spec, "sm_90"))
+
+
+@pytest.mark.parametrize("name", ["lora_gemm", "lora_gemm_dx"])
+@pytest.mark.parametrize("r", [12, 128])
+def test_other_ranks_do_not_spill(name: str, r: int) -> None:
+    """u and B of rank 12 cannot be read wide; those of rank 128 are several blocks."""
+    call, kernel, _ = launches(8192, 4096, 4096, r)[name]
+    spec = spec_of(f"{name} of rank {r}", call, kernel)
     check(spec, compile_for(spec, "sm_90"))
 
 

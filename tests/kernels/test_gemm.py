@@ -281,6 +281,14 @@ def test_operands_that_do_not_fit_are_refused(device: str) -> None:
         skinny_gemm(x, A, Dropout(1.5, 0))
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "offset", "even"), [(4, 64, 0, True), (4, 64, 4, False), (4, 72, 0, False)]
+)
+def test_rows_that_cannot_be_read_wide_get_a_smaller_tile(rows: int, columns: int, offset: int, even: bool) -> None:
+    x = torch.empty(rows * columns + offset, dtype=torch.bfloat16)[offset:].view(rows, columns)
+    assert gemm.is_even(x) == even == gemm.is_even(x.T)
+
+
 def test_tiles_fit_the_shape() -> None:
     """Large products get the large tile; smaller ones a tile that still gives each multiprocessor work."""
     for arch, tiles in gemm.WIDE_TILES.items():

@@ -26,7 +26,7 @@ from torch import Tensor
 from lora.errors import LoRAError, UnsupportedError
 from lora.fast.kernels.activation import as_rows
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
-from lora.fast.kernels.gemm import DTYPES, PROGRAMS, precision_of, rank_block
+from lora.fast.kernels.gemm import DTYPES, PROGRAMS, is_even, precision_of, rank_block
 from lora.fast.runtime import interpreting
 
 
@@ -53,7 +53,7 @@ def dora_norm(dense: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
     if not N:
         return norm
     rows, block_r = as_rows(dense) if K else dense, rank_block(R)
-    block_n, block_k, num_warps = block_of(N, block_r, lora_A.dtype)
+    block_n, block_k, num_warps = block_of(N, block_r, lora_A.dtype, is_even(rows) and is_even(lora_A))
     with torch.cuda.device_of(dense):
         dora_norm_kernel[(triton.cdiv(N, block_n),)](
             rows, lora_A, lora_B, norm, N, K, R, rows.stride(0), *lora_A.stride(), *lora_B.stride(), scaling,
@@ -81,9 +81,14 @@ def check_factors(dense: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
             )
 
 
-def block_of(N: int, block_r: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows of W, columns at a time, and warps: 32 rows where that makes a program for each multiprocessor, else 16."""
+def block_of(N: int, block_r: int, dtype: torch.dtype, even: bool) -> tuple[int, int, int]:
+    """Rows of W, columns at a time, and warps: 32 rows where that makes a program for each multiprocessor, else 16.
+
+    Where rows are not `even`, elements are read one by one, and more than 32 columns of them would spill.
+    """
     rows = 32 if N // 32 >= 0.9 * PROGRAMS else 16
+    if not even:
+        return rows, 32, 4
     if dtype.itemsize > 2:
         return rows, (64 if dtype == torch.float32 else 32), 4
     return rows, (128 if rows == 32 or block_r == 64 else 256), 4

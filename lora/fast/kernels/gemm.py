@@ -65,6 +65,7 @@ WIDE_TILES = {  # 16 bits, the largest first; no spills, and within each archite
     "gfx942": (Tile(128, 128, 64, 8, 2), Tile(64, 128, 64, 4, 2), Tile(64, 32, 64, 4, 2)),
 }
 WIDE_TILES_FLOAT32 = (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2))
+ODD_TILE = Tile(128, 64, 32, 8, 3)  # for rows that cannot be read 128 bits at a time: a larger one would spill
 
 
 def lora_gemm(
@@ -178,7 +179,9 @@ def _wide(
     x_rows, u_rows, h_rows = as_rows(x), as_rows(u), output_rows(h, torch.Size([*lead, N]), "out")
     w = w if 1 in w.stride() else w.contiguous()
     M = len(x_rows)
-    tile = tile_for(M, N, x.dtype, architecture(x.device), dropout is not None) if tile is None else tile
+    if tile is None:
+        even = is_even(x_rows) and is_even(w)
+        tile = tile_for(M, N, x.dtype, architecture(x.device), dropout is not None) if even else ODD_TILE
     mask = mask_arguments(dropout, N)
     with torch.cuda.device_of(x):
         lora_gemm_kernel[(triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),)](
@@ -283,6 +286,12 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # sm_80's need no more shared memory than a consumer GPU has
+
+
+def is_even(matrix: Tensor) -> bool:
+    """Whether Triton reads a matrix 128 bits at a time: it begins at 16 bytes, its strides are 1 or multiples of 16."""
+    begins = matrix.storage_offset() * matrix.itemsize % 16 == 0  # storage itself is aligned
+    return begins and all(stride == 1 or stride % 16 == 0 for stride in matrix.stride())
 
 
 def tile_for(M: int, N: int, dtype: torch.dtype, arch: str, masked: bool = False) -> Tile:
