@@ -111,8 +111,8 @@ def test_generation_and_evaluation_are_unchanged(family):
         text = model.generate(IDS[:1], max_new_tokens=4, do_sample=False)
     lora.fast.for_inference(model)
     found = model(IDS, labels=IDS)
-    assert float((found.logits - logits).abs().max()) <= FLOAT32 * float(logits.abs().max())
-    assert abs(float(found.loss - loss)) <= FLOAT32 * float(loss)
+    assert float((found.logits - logits).detach().abs().max()) <= FLOAT32 * float(logits.detach().abs().max())
+    assert abs(float((found.loss - loss).detach())) <= FLOAT32 * float(loss.detach())
     assert torch.equal(model.generate(IDS[:1], max_new_tokens=4, do_sample=False), text)
     assert isinstance(model.generate(IDS[:1], max_new_tokens=4, do_sample=False, use_cache=False), Tensor)
 

@@ -74,7 +74,7 @@ def test_on_hopper(spec: KernelSpec) -> None:
 @pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec.name)
 def test_on_other_targets(spec: KernelSpec, target: str) -> None:
     if kernel_name(spec) == "lora_gemm":  # its tiles depend on the target
-        spec = next(s for s in gemm.compile_specs(target) if s.constexprs.get("DROPOUT"))
+        spec = gemm.compile_specs(target)[0]
     report = compile_for(spec, target)
     check(spec, report)
     if kernel_name(spec) == "sum_parts":
@@ -86,11 +86,11 @@ def test_on_other_targets(spec: KernelSpec, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_each_wide_tile_of_each_target(target: str) -> None:
-    """The forward products, whose tiles differ; what is beside them (bias, dropout) does not change the loop."""
+def test_smaller_tiles_of_other_targets(target: str) -> None:
     specs = [spec for spec in gemm.compile_specs(target) if spec.name.startswith("lora_gemm forward bf16")]
-    assert len({str(spec.constexprs) for spec in specs}) >= 2
-    for spec in {str(spec.constexprs): spec for spec in specs}.values():
+    smaller = {str(spec.constexprs): spec for spec in specs if spec.constexprs != specs[0].constexprs}
+    assert smaller  # the largest is compiled above
+    for spec in smaller.values():
         report = compile_for(spec, target)
         check(spec, report)
         assert report.matrix_instruction == MATRIX[target]
@@ -127,7 +127,7 @@ def test_sizes_of_one_compile(name: str) -> None:
     call, kernel, others = launches(1, 1, 1, 1)[name]
     spec = spec_of(f"{name} of ones", call, kernel, *others)
     assert 1 in spec.constexprs.values()
-    check(spec, compile_for(spec, "sm_90"))
+    check(spec, compile_for(spec, "gfx942"))  # the front end is the same for all; this compiler is the fastest
 
 
 @pytest.mark.parametrize("name", ["lora_gemm", "lora_gemm_dx"])
