@@ -27,10 +27,12 @@ COMMANDS = {
     "explain": "show what is adapted, which implementation runs it, and what memory it takes",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-OUT_OF_MEMORY = (
-    "out of memory: lower --batch-size (and raise --grad-accumulation) or --max-length, or use "
-    "--checkpointing recompute or --quantization nf4."
-)
+OUT_OF_MEMORY = {  # what helps, by command
+    "train": "out of memory: lower --batch-size (and raise --grad-accumulation) or --max-length, or use "
+    "--checkpointing recompute or --quantization nf4.",
+    "generate": "out of memory: use --quantization nf4, fewer prompts at a time, or fewer --max-new-tokens.",
+    "explain": "out of memory: use --quantization nf4.",
+}
 EXAMPLES = """\
 examples:
   lora train --model smollm2-135m-instruct --data my.jsonl --output out/my
@@ -47,6 +49,8 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, unknown: str) -> NoReturn:
         """Raises LoRAError for an argument that is none of this command's."""
+        if not unknown.startswith("-"):
+            raise LoRAError(f"{unknown!r} stands apart from the words before it: put them all together, or in quotes.")
         hint = did_you_mean(unknown.split("=")[0], self._option_string_actions)
         raise LoRAError(f"there is no option {unknown!r}.{hint} `{self.prog} --help` lists what there is.")
 
@@ -90,9 +94,15 @@ def _main(words: list[str]) -> int:
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
         if debug or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        print(f"lora: error: {OUT_OF_MEMORY if out_of_memory else _one_line(error)}", file=sys.stderr)
+        advice = OUT_OF_MEMORY.get(_command_in(words), "out of memory.")
+        print(f"lora: error: {advice if out_of_memory else _one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _command_in(words: Sequence[str]) -> str:
+    """The command among the words, past --debug."""
+    return next((word for word in words if word in COMMANDS), "")
 
 
 def parser() -> Parser:
@@ -332,7 +342,6 @@ def quantize(options: argparse.Namespace) -> None:
 def add_explain(command: Parser) -> None:
     """The options of lora explain."""
     add_model(command, adapter="optional")
-    command.add_argument("--quantization", choices=("nf4",), help="quantise the model while loading it")
     command.set_defaults(command=explain)
 
 
@@ -361,7 +370,9 @@ def add_model(command: Parser, adapter: str | None = None) -> None:
         command.add_argument("--adapter", required=needed, metavar="DIR", help="adapter directory, ours or PEFT's")
     if adapter != "required":
         command.add_argument("--backend", metavar="{" + ",".join(BACKENDS) + "}", help="which implementation runs")
-    command.set_defaults(quantization=None, backend=None)
+    command.set_defaults(quantization="none", backend=None)
+    if adapter == "optional":
+        _choice(command, "--quantization", ("none", "nf4"), "none", "nf4: quantise the model while loading it")
 
 
 def _add_output(command: Parser) -> None:
@@ -374,6 +385,11 @@ def _number(command: Parser, flag: str, metavar: str, default: Any, text: str, k
     action.shown_default = default  # type: ignore[attr-defined]
 
 
+def _choice(command: Parser, flag: str, choices: Sequence[str], default: str, text: str) -> None:
+    action = command.add_argument(flag, choices=choices, default=default, help=text)
+    action.shown_default = default  # type: ignore[attr-defined]
+
+
 def load_with_adapter(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model, on the GPU if there is one, with its adapter, ready to generate."""
     import torch
@@ -381,7 +397,9 @@ def load_with_adapter(options: argparse.Namespace) -> tuple[Any, Any]:
     import lora
 
     device = "cuda:0" if torch.cuda.is_available() else None
-    model, tokenizer = lora.load(options.model, quantization=options.quantization, device=device)
+    model, tokenizer = lora.load(
+        options.model, quantization=None if options.quantization == "none" else options.quantization, device=device
+    )
     if options.adapter:
         lora.load_adapter(model, options.adapter)
         lora.for_inference(model)

@@ -38,7 +38,7 @@ class LoRAConfig:
         exclude_modules: modules left out, in `target_modules`' notation.
         layers_to_transform: only these layer numbers; `layers_pattern` names the list they are counted in.
         modules_to_save: modules trained in full, beside the adapters, and saved with them.
-        target_parameters: parameters (not modules) to adapt.
+        target_parameters: parameters (not modules) to adapt; not built yet, and `inject` refuses it.
 
     Raises: LoRAError that names the field, what was found, and what is expected.
     """

@@ -155,12 +155,13 @@ def for_inference(model: nn.Module, merge: bool = False) -> nn.Module:
 def explain(model: nn.Module) -> str:
     """A table: for each adapted module the implementation that runs it, and why not the other."""
     from lora.adapters import state_of
-    from lora.layers import adapter_layers
+    from lora.layers import adapter_layers, saved_modules
 
     name = get_backend()
     rows = [(path, type(layer).__name__, *_implementation(name, layer)) for path, layer in adapter_layers(model)]
     if not rows:
         return "No adapters: call lora.inject(model, config) first."
+    rows += [(path, "SavedModule", "its own", "trained in full") for path, _ in saved_modules(model)]
     fusion = state_of(model).modes.get("fusion")
     if fusion is not None:
         rows += [(path, type(model.get_submodule(path)).__name__, name, note) for path, note in fusion.notes.items()]
@@ -172,13 +173,18 @@ def explain(model: nn.Module) -> str:
 
 
 def _implementation(name: str, layer: Any) -> tuple[str, str]:
-    """Which implementation runs an adapted layer, and why."""
+    """Which implementation runs an adapted layer, and why; what else there is to know about it."""
+    state = ""
+    if layer.merged is not None:
+        state = f"; {', '.join(layer.merged.adapters)} merged: the base product alone"
+    elif not layer.groups():
+        state = "; no active adapter here: the base product alone"
     if name == "reference":
-        return "reference", "chosen"
+        return "reference", "chosen" + state
     reasons = _module("fast.support").reasons(layer.projection_of(group) for group in layer.groups() or [()])
     if reasons:
         return ("reference" if name == "auto" else "none"), "fast cannot: " + "; ".join(reasons)
-    return "fast", "chosen" if name == "fast" else "fast can"
+    return "fast", ("chosen" if name == "fast" else "fast can") + state
 
 
 def _run(name: str, /, *arguments: Any, **options: Any) -> Any:

@@ -121,6 +121,16 @@ def test_explain_names_every_adapted_module_and_the_reason():
         assert "not fused" not in lora.explain(model)
 
 
+def test_explain_tells_merged_and_resting_layers_and_saved_modules():
+    model = lora.inject(toy(layers=1), LoRAConfig(r=2, modules_to_save=["head"], target_modules=["q_proj"]), "a")
+    lora.add_adapter(model, LoRAConfig(r=2, target_modules=["v_proj"]), "b")
+    text = lora.explain(model)
+    assert "layers.0.v_proj  LoRALinear   reference  chosen; no active adapter here" in text
+    assert "head             SavedModule  its own    trained in full" in text
+    lora.merge(model)
+    assert "chosen; a merged: the base product alone" in lora.explain(model)
+
+
 def test_import_is_light():
     """`import lora` brings in neither transformers nor triton, and torch is most of its time."""
     code = "import sys, torch; before = set(sys.modules); import lora; print(*sorted(set(sys.modules) - before))"

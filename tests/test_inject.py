@@ -315,6 +315,17 @@ def test_all_linear_says_what_it_leaves_out():
     assert paths(model) == ["mlp"]
 
 
+@pytest.mark.parametrize("config", [None, {"r": 2}, "all-linear"])
+def test_a_config_of_another_type_is_named(config):
+    with pytest.raises(LoRAError, match=f"config is a {type(config).__name__}, expected a LoRAConfig"):
+        lora.inject(toy(), config)
+
+
+def test_a_model_of_another_type_is_named():
+    with pytest.raises(LoRAError, match=r"model is a NoneType, expected an nn\.Module"):
+        lora.inject(None, LoRAConfig())
+
+
 def test_a_second_inject_points_to_add_adapter():
     model = lora.inject(toy(), LoRAConfig(r=2))
     with pytest.raises(LoRAError, match=r"already carries adapters \(default\).*add_adapter.*eject"):

@@ -457,6 +457,16 @@ def test_an_earlier_run_is_not_replaced_unasked(files: dict[str, Path], tmp_path
     (output / "mine.txt").write_text("keep")
     with pytest.raises(LoRAError, match=r"holds an earlier run .*--resume .*--overwrite"):
         trained(settings(files, output, max_steps=1))
+    kept = sorted(path.name for path in output.iterdir())
+    none = output / "none"
+    for there, options in (
+        (files | {"data": none}, {}),
+        (files | {"model": none}, {}),
+        (files, {"target_modules": "none"}),
+    ):
+        with pytest.raises(LoRAError):  # a typing error must not cost the earlier run
+            trained(settings(there, output, max_steps=1, overwrite=True, **options))
+        assert sorted(path.name for path in output.iterdir()) == kept
     trained(settings(files, output, max_steps=1, overwrite=True))
     assert (output / "mine.txt").read_text() == "keep"
     (tmp_path / "file").write_text("")

@@ -44,6 +44,8 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
 
     Returns: the same model. Raises: LoRAError, leaving the model as it was, where the config does not fit.
     """
+    if not isinstance(model, nn.Module):
+        raise LoRAError(f"model is a {type(model).__name__}, expected an nn.Module.")
     if isinstance(getattr(model, "lora_state", None), AdapterState):
         raise LoRAError(
             f"this {type(model).__name__} already carries adapters ({', '.join(state_of(model).configs)}): "
@@ -84,6 +86,10 @@ def add_adapter(model: nn.Module, config: LoRAConfig, adapter_name: str) -> nn.M
 
     Raises: LoRAError, leaving the model as it was, where the name is taken or the config does not fit the model.
     """
+    if not isinstance(config, LoRAConfig):
+        raise LoRAError(
+            f"config is a {type(config).__name__}, expected a LoRAConfig: LoRAConfig.from_dict takes a dict."
+        )
     state = state_of(model)
     if checked_name(adapter_name) in state.configs:
         raise LoRAError(f"there is already an adapter {adapter_name!r}: choose another name, or delete it first.")

@@ -136,7 +136,7 @@ class Job:
     def prepare(self) -> None:
         """Everything that can be refused, cheapest first: the directory, the data, the model, the adapter."""
         config = self.config
-        found = open_output(config)
+        found = check_output(config)
         for line in found.passed_over:
             self.say("resume", line)
         self.resumed = found.path
@@ -150,6 +150,7 @@ class Job:
         torch.manual_seed(config.seed)
         dispatch.inject(self.model, config.lora_config())
         dispatch.for_training(self.model, config.checkpointing)
+        make_output(config)  # from here on an earlier run may be replaced: nothing above has refused
         self.build_trainer()
         self.describe()
 
@@ -299,25 +300,35 @@ class Job:
         )
 
 
-def open_output(config: TrainConfig) -> checkpoint.Found:
-    """Makes the output directory, or clears it, or finds the checkpoint in it to go on from."""
+def earlier_run(output: Path) -> list[Path]:
+    """What an earlier run has left in the output directory."""
+    written = [RUN, ADAPTER, METRICS, PLOT, RESULT, *SAMPLES, TENSORBOARD]
+    return [path for path in (output / name for name in written) if path.exists()] + checkpoint.checkpoints(output)
+
+
+def check_output(config: TrainConfig) -> checkpoint.Found:
+    """Refuses an output directory that holds something else; finds the checkpoint in it to go on from."""
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise LoRAError(f"output: {output} is a file, expected a directory to write to.")
-    written = [RUN, ADAPTER, METRICS, PLOT, RESULT, *SAMPLES, TENSORBOARD]
-    earlier = [path for path in (output / name for name in written) if path.exists()] + checkpoint.checkpoints(output)
+    earlier = earlier_run(output)
     if earlier and not (config.resume or config.overwrite):
         raise LoRAError(
             f"output: {output} holds an earlier run ({earlier[0].name}): --resume goes on with it, --overwrite "
             "replaces it, another --output leaves it alone."
         )
+    return checkpoint.newest(output) if config.resume else checkpoint.Found(None, [])
+
+
+def make_output(config: TrainConfig) -> None:
+    """Makes the output directory, and with `overwrite` clears an earlier run out of it."""
+    output = Path(config.output)
     try:
-        for path in earlier if config.overwrite else ():
+        for path in earlier_run(output) if config.overwrite else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoRAError(f"output: {output} cannot be written: {error.strerror or error}.") from None
-    return checkpoint.newest(output) if config.resume else checkpoint.Found(None, [])
 
 
 def load_model(config: TrainConfig) -> tuple[Any, Any]:

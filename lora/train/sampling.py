@@ -50,12 +50,17 @@ def answer(
     """
     chat = chat and bool(tokenizer.chat_template)
     texts = [render(tokenizer, prompt, chat) for prompt in prompts]
-    answers: list[str] = []
+    templated = [chat or not isinstance(prompt, str) for prompt in prompts]  # these bring their special tokens
+    answers = [""] * len(prompts)
     with generating(model):
-        for start in range(0, len(texts), batch_size):
-            batch = encode(tokenizer, texts[start : start + batch_size], special=not chat).to(model.device)
-            new = _generate(model, tokenizer, batch, max_new_tokens, temperature, on_text)
-            answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        for brings in (True, False):
+            chosen = [i for i, each in enumerate(templated) if each is brings]
+            for start in range(0, len(chosen), batch_size):
+                places = chosen[start : start + batch_size]
+                batch = encode(tokenizer, [texts[i] for i in places], special=not brings).to(model.device)
+                new = _generate(model, tokenizer, batch, max_new_tokens, temperature, on_text)
+                for i, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                    answers[i] = text.strip()
     return answers
 
 

@@ -31,6 +31,7 @@ from lora.fast.kernels.activation import as_rows, output_rows
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.fast.kernels.gemm import (
     check_operands,
+    is_even,
     matrix_product,
     precision_of,
     rank_block,
@@ -135,7 +136,10 @@ def multi_lora_expand_(h: Tensor, u: Tensor, lora_B: Tensor, groups: Groups) -> 
         return h
     h_rows, u_rows = output_rows(h, h.shape, "h"), as_rows(u)
     check_groups(groups, len(h_rows), adapters)
-    columns = 128 if h.dtype.itemsize == 2 else 64  # of a tile: 128 float32 products leave few registers
+    even = is_even(h_rows) and is_even(lora_B)
+    columns = (
+        128 if h.dtype.itemsize == 2 and even else 64
+    )  # of a tile: more of float32, or read one by one, would spill
     with torch.cuda.device_of(h):
         expand_kernel[(triton.cdiv(fan_out, columns) * len(groups.block_adapter),)](
             h_rows, u_rows, lora_B, *groups[:4], fan_out, r, h_rows.stride(0), u_rows.stride(0), *lora_B.stride(),
