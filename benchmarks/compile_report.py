@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,18 +42,22 @@ launchers choose for Llama-3.1-8B. **Nothing here is a measured time.**
   the next.
 - **least time**: the larger of *least* / 3.35 TB/s and operations / 989 TFLOP/s (float32: 67). No kernel can be faster.
 """
+OTHERS = tuple(target for target in TARGETS if target != "sm_90")
+OTHERS_TEXT = """Each kernel's first configuration: registers, spills, shared memory, matrix instruction.
+
+"""
 COLUMNS = (
     "configuration", "shape", "registers", "spills", "shared", "occupancy", "128-bit loads", "matrix", "moved / least",
     "least time",
 )  # fmt: skip
 
 
-def kernel_modules() -> Iterator[tuple[str, list[KernelSpec]]]:
-    """Each file of kernels that lists configurations, and the list."""
+def kernel_modules(target: str) -> Iterator[tuple[str, list[KernelSpec]]]:
+    """Each file of kernels that lists configurations, and the list; where the choice depends on it, for `target`."""
     for module in pkgutil.iter_modules(lora.fast.kernels.__path__):
         specs = getattr(importlib.import_module(f"lora.fast.kernels.{module.name}"), "compile_specs", None)
         if specs is not None:
-            yield module.name, specs()
+            yield module.name, specs(target) if inspect.signature(specs).parameters else specs()
 
 
 def row(spec: KernelSpec, report: Report) -> list[str]:
@@ -76,18 +81,17 @@ def least_time(spec: KernelSpec) -> str:
     return f"{1e6 * max(memory, arithmetic):,.1f} µs ({'memory' if memory >= arithmetic else 'arithmetic'})"
 
 
-def others(specs: list[KernelSpec]) -> list[list[str]]:
+def others() -> list[list[str]]:
     """Each kernel once, its first configuration, on the other targets."""
-    rows = []
-    for spec in {spec.fn: spec for spec in reversed(specs)}.values():
-        cells = [spec.fn.fn.__name__]
-        for target in TARGETS:
-            if target != "sm_90":
+    cells: dict[str, list[str]] = {}
+    for target in OTHERS:
+        for _, specs in kernel_modules(target):
+            for spec in {spec.fn: spec for spec in reversed(specs)}.values():
                 report = compile_for(spec, target)
                 kind = f", {report.matrix_instruction}" if report.matrix_instruction else ""
-                cells.append(f"{report.registers}, {report.spills}, {report.shared_bytes / 1024:.0f} KiB{kind}")
-        rows.append(cells)
-    return rows[::-1]
+                text = f"{report.registers}, {report.spills}, {report.shared_bytes / 1024:.0f} KiB{kind}"
+                cells.setdefault(spec.fn.fn.__name__, []).append(text)
+    return [[name, *texts] for name, texts in sorted(cells.items())]
 
 
 def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
@@ -98,19 +102,10 @@ def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
 
 def write_report(output: Path) -> None:
     """Compiles everything and writes the page."""
-    modules = dict(kernel_modules())
     parts = [HEADER.format(version=triton.__version__)]
-    for name, specs in modules.items():
+    for name, specs in kernel_modules("sm_90"):
         parts.append(f"## {name}\n\n" + table(COLUMNS, [row(spec, compile_for(spec, "sm_90")) for spec in specs]))
-    parts.append(
-        "## Other architectures\n\nEach kernel's first configuration, as tuned for an H100: registers, spills, shared "
-        "memory, matrix instruction. (On sm_80 and gfx942 `lora_gemm` is launched with smaller tiles than this; the "
-        "tests compile those.)\n\n"
-        + table(
-            ("kernel", *(target for target in TARGETS if target != "sm_90")),
-            [line for specs in modules.values() for line in others(specs)],
-        )
-    )
+    parts.append("## Other architectures\n\n" + OTHERS_TEXT + table(("kernel", *OTHERS), others()))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(parts))
 

@@ -1,7 +1,7 @@
 """Many adapters in one batch, grouped: equations and signature as in `lora.reference.multi_lora`.
 
-On a GPU the rows of all adapters go through one kernel. Elsewhere the rows are sorted by adapter once, so that each
-adapter's are one slice: two thin products an adapter that is there, and none for the others.
+The tokens are sorted by adapter once, so that each adapter's are one slice: two thin products an adapter that is there,
+and none for the others. (`lora.fast.kernels.multi_lora` does all adapters in one launch; it is not wired in yet.)
 """
 
 from __future__ import annotations
