@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,8 +20,6 @@ from torch import Tensor, nn
 import lora
 from lora import LoRAConfig, LoRAError
 from lora.peft_format import CONFIG_FILE, WEIGHTS_FILE
-
-peft = pytest.importorskip("peft", reason="PEFT, which these tests compare with, is a development dependency")
 
 TOKENS = torch.tensor([[1, 4, 2, 8, 5, 7], [63, 1, 3, 0, 10, 33]])
 # Two float32 computations of one formula through two layers, sums of at most 128 terms: u · √128 · a dozen operations

@@ -97,7 +97,8 @@ def test_the_padding_id_is_looked_up_but_not_learned() -> None:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_agrees_with_peft(dora: bool, padding_idx: int | None) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     table, ids = random_table(7, 4, 2, dora=dora, scaling=1.5), torch.randint(7, (3, 5))
     ids[0, 0] = 2
     model = nn.Sequential(nn.Embedding(7, 4, padding_idx=padding_idx)).double()

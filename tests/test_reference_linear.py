@@ -188,7 +188,8 @@ def test_adapters_in_float32_under_a_bfloat16_model() -> None:
 
 def peft_layer(projection: Projection, *, dora: bool, dropout: Dropout | None) -> nn.Module:
     """PEFT's own layer with this projection's numbers, and our mask in place of its random one."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     out_features, in_features = projection.weight.shape
     rank = projection.lora_A.shape[0]
     model = nn.Sequential(nn.Linear(in_features, out_features, bias=projection.bias is not None)).double()

@@ -104,7 +104,8 @@ def test_padded_ranks_add_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_agrees_with_pefts_mixed_batches() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     base, (lora_A, lora_B, scaling) = random_projection(5, 4, None, bias=True), random_adapters(2, 5, 4, 2)
     model = nn.Sequential(nn.Linear(4, 5)).double()
     for number, name in enumerate(("zero", "one")):
