@@ -218,6 +218,8 @@ def test_every_token_of_an_adapter_is_in_one_block(batch: tuple[int, int, bool, 
             mine = order[start : min(start + rows, int(bounds[j + 1]))].tolist()
             assert mine and all(index[token] == j for token in mine) and mine == sorted(mine)
             seen += mine
+        else:
+            assert start == tokens  # so that nothing is read from behind the list
     assert sorted(seen) == (index >= 0).nonzero().flatten().tolist()
 
 

@@ -51,7 +51,7 @@ class Groups(NamedTuple):
     order: Tensor  # int64 [tokens]: token numbers, adapter after adapter, those without one first; stable
     bounds: Tensor  # int32 [adapters + 1]: adapter j has order[bounds[j]:bounds[j + 1]]
     block_adapter: Tensor  # int32 [blocks]: each block's adapter; -1: nothing to do
-    block_start: Tensor  # int32 [blocks]: its first place in order
+    block_start: Tensor  # int32 [blocks]: its first place in order; behind the last token where there is nothing to do
     rows: int  # of a block
 
 
@@ -80,7 +80,9 @@ def group_tokens(index: Tensor, adapters: int, tokens: int | None = None) -> Gro
     used = adapter < adapters
     safe = adapter.clamp(max=adapters - 1) if adapters else adapter
     start = bounds[safe] + (place - ends[safe] + blocks[safe]) * rows if adapters else place
-    return Groups(order, bounds.int(), torch.where(used, adapter, -1).int(), start.int(), rows)
+    return Groups(
+        order, bounds.int(), torch.where(used, adapter, -1).int(), torch.where(used, start, tokens).int(), rows
+    )
 
 
 def multi_lora_shrink(x: Tensor, lora_A: Tensor, scaling: Tensor, groups: Groups) -> Tensor:
@@ -219,7 +221,7 @@ def block_of_rows(place, order_ptr, bounds_ptr, block_adapter_ptr, block_start_p
     """The adapter of a block (-1: nothing to do), the tokens in it, and which of its rows are tokens."""
     j = tl.load(block_adapter_ptr + place)
     o_place = tl.load(block_start_ptr + place) + tl.arange(0, BLOCK_M)
-    m_m = (o_place < tl.load(bounds_ptr + tl.maximum(j, 0) + 1)) & (j >= 0)
+    m_m = o_place < tl.load(bounds_ptr + tl.maximum(j, 0) + 1)
     return j.to(tl.int64), tl.load(order_ptr + o_place, mask=m_m, other=0), m_m
 
 
