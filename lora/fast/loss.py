@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lora.fast.dropout import KeepRows, dropout_mask
-from lora.fast.linear import Part, as_rows, backward_group, forward_group, packed, unpacked
+from lora.fast.linear import backward_group, forward_group
+from lora.fast.operands import Part, as_rows, packed, unpacked
 from lora.fast.runtime import runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
@@ -139,11 +140,12 @@ def run_chunks(
     dx = torch.empty_like(rows) if needs[0] else None
     totals: list[Tensor | None] = [None] * 5
     step = max(1, CHUNK_BYTES.get(rows.device.type, 1 << 28) // (part.out_features * rows.itemsize))
+    space = rows.new_empty(min(step, len(rows)), part.out_features)  # every chunk's logits, then their gradients
     for start in range(0, len(rows), step):
         chunk = slice(start, start + step)
         x = rows[chunk]
         kept_chunk = None if mask is None else mask._replace(keep=mask.keep[chunk])
-        (logits,), kept = forward_group(x, [part], kept_chunk, [needs[5]])
+        (logits,), kept = forward_group(x, [part], kept_chunk, [needs[5]], out=space[: len(x)])
         scale = weight[chunk] if isinstance(weight, Tensor) else weight
         losses[chunk] = row_losses_(logits, labels[chunk], options, scale, wants)
         if not wants:
@@ -167,7 +169,6 @@ def kept_rows(shape: torch.Size, dropout: Dropout | None, counted: Tensor) -> Ke
 
 def row_losses_(logits: Tensor, labels: Tensor, options: Options, weight: float | Tensor, wants: bool) -> Tensor:
     """The loss of each row, times `weight` where that is a number; `logits` become their own gradients if wanted."""
-    softcap, logit_scale, smoothing, _ = options
     if runs_triton(logits):
         from lora.fast.kernels import cross_entropy as kernels
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.fast.checkpoint import product_is_wanted
-from lora.fast.linear import TENSORS, Kept, as_rows, backward_group, forward_group, packed, saved_by, unpacked
+from lora.fast.linear import Kept, backward_group, forward_group, saved_by
+from lora.fast.operands import TENSORS, as_rows, packed, unpacked
 from lora.fast.runtime import runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.mlp import check_activation, hidden_dropout
@@ -49,8 +50,8 @@ class LoRAMLP(torch.autograd.Function):
         h = gated_forward(g, z, activation)  # [tokens, hidden]
         wanted = product_is_wanted(3 + saved_by(parts[:2], wants_m[:2]) + saved_by(parts[2:], wants_m[2:]))
         (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted)
-        small = (above.su, *above.gains, *above.norms, *above.adapted)
-        small += (below.su, *below.gains, *below.norms, *below.adapted)
+        small = (above.u, *above.gains, *above.norms, *above.adapted)
+        small += (below.u, *below.gains, *below.norms, *below.adapted)
         ctx.save_for_backward(rows, g, z, *tensors, *small)
         ctx.static, ctx.activation, ctx.dropout, ctx.shape = static, activation, dropout, x.shape
         return y.view(*x.shape[:-1], y.shape[1])

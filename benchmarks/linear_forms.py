@@ -1,0 +1,122 @@
+"""Measures the ways to compute one LoRA linear layer's products, side by side: what decision 5 rests on.
+
+    python benchmarks/linear_forms.py [--device cuda] [--dtype bfloat16] [--tokens 8192] [--r 16] [--rounds 40]
+
+Each form is first compared with the float64 result, then all are timed in turn, round after round, so that what else
+the machine does falls on all of them alike. A cell is the median time over that of the frozen product alone; for the
+thin products (which have no frozen counterpart) over torch's form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SHAPES = {  # in -> out: Llama-3.1-8B's on a GPU, small models' on a CPU
+    "cuda": ((4096, 4096), (4096, 6144), (4096, 14336), (4096, 28672), (14336, 4096)),
+    "cpu": ((576, 576), (576, 1536), (1536, 576), (2048, 2048)),
+}
+Forms = dict[str, Callable[[], Tensor]]
+Case = tuple[Callable[[], Tensor], Forms]  # the float64 result, and the forms
+
+
+def main() -> None:
+    """Prints one table for each product."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=40)
+    given = parser.parse_args()
+    dtype = getattr(torch, given.dtype or ("bfloat16" if given.device == "cuda" else "float32"))
+    for tokens in given.tokens:
+        for fan_in, fan_out in SHAPES[given.device]:
+            print(f"\n{tokens} tokens, {fan_in} -> {fan_out}, r {given.r}, {dtype}")
+            for title, (truth, forms) in cases(tokens, fan_in, fan_out, given.r, dtype, given.device).items():
+                errors, times = check(truth(), forms), measure(forms, given.rounds, given.device)
+                base = next(iter(times.values()))
+                cells = (f"{name} {times[name] / base:.3f} (error {errors[name]:.0e})" for name in times)
+                print(f"  {title:9} {base * 1e6:8.1f} us: {'  '.join(cells)}")
+
+
+def cases(tokens: int, fan_in: int, fan_out: int, r: int, dtype: torch.dtype, device: str) -> dict[str, Case]:
+    """The products of one layer, each in its forms; the first form of each is what the others are divided by."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+    x, dy = draw(tokens, fan_in, scale=1), draw(tokens, fan_out, scale=1)
+    W, A, B = draw(fan_out, fan_in, scale=fan_in**-0.5), draw(r, fan_in, scale=fan_in**-0.5), draw(fan_out, r, scale=1)
+    u, du = x @ A.T, dy @ B
+    wide_W, wide_x = torch.cat([W, B], dim=1), torch.cat([x, u], dim=1)  # bordered, its operand given
+    tall_W, wide_dy = torch.cat([W, A]), torch.cat([dy, du], dim=1)
+    forward: Forms = {
+        "frozen alone": lambda: x @ W.T,
+        "add_": lambda: (x @ W.T).add_(u @ B.T),
+        "addmm_": lambda: (x @ W.T).addmm_(u, B.T),
+        "bordered": lambda: wide_x @ wide_W.T,
+    }
+    backward: Forms = {
+        "frozen alone": lambda: dy @ W,
+        "add_": lambda: (dy @ W).add_(du @ A),
+        "addmm_": lambda: (dy @ W).addmm_(du, A),
+        "bordered": lambda: wide_dy @ tall_W,
+    }
+    thin: Forms = {"torch": lambda: x @ A.T}
+    dA: Forms = {"torch": lambda: du.T @ x}
+    dB: Forms = {"torch": lambda: dy.T @ u}
+    if device == "cuda":
+        from lora.fast.kernels import gemm
+
+        forward["kernel"] = lambda: gemm.lora_gemm(x, W, u, B)
+        backward["kernel"] = lambda: gemm.lora_gemm_dx(dy, W, du, A)
+        thin["kernel"] = lambda: gemm.skinny_gemm(x, A)
+        dA["kernel"] = lambda: gemm.lora_A_gradient(du, x, dtype=dtype)
+        dB["kernel"] = lambda: gemm.lora_B_gradient(dy, u, dtype=dtype)
+    x64, dy64, u64, du64 = x.double(), dy.double(), u.double(), du.double()
+    return {
+        "h": (lambda: (x64 @ W.double().T).addmm_(u64, B.double().T), forward),
+        "dx": (lambda: (dy64 @ W.double()).addmm_(du64, A.double()), backward),
+        "u": (lambda: x64 @ A.double().T, thin),
+        "dA": (lambda: du64.T @ x64, dA),
+        "dB": (lambda: dy64.T @ u64, dB),
+    }
+
+
+def check(truth: Tensor, forms: Forms) -> dict[str, float]:
+    """How far each form is from the float64 result, relative to its size; "frozen alone" lacks the update."""
+    return {name: float((form().double() - truth).norm() / truth.norm()) for name, form in forms.items()}
+
+
+def measure(forms: Forms, rounds: int, device: str) -> dict[str, float]:
+    """The median seconds of each form; on a GPU its own clock's, with the L2 cache overwritten before each run."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    flush = torch.empty(1 << 26, dtype=torch.int8, device=device)
+    for warm in (True, *[False] * rounds):
+        for name, form in forms.items():
+            if device == "cuda":
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                flush.zero_()
+                begin.record()
+                form()
+                end.record()
+                torch.cuda.synchronize()
+                seconds = begin.elapsed_time(end) / 1e3
+            else:
+                start = time.perf_counter()
+                form()
+                seconds = time.perf_counter() - start
+            if not warm:
+                times[name].append(seconds)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+if __name__ == "__main__":
+    main()

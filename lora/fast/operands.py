@@ -1,0 +1,191 @@
+"""What a group of projections multiplies by, laid out so that few products and few launches do the work.
+
+weights      W's that lie one after another in memory, or are decoded from NF4 into one workspace, are one matrix
+outputs      the h's of a group are columns of one buffer, so that their gradients may be too
+factors      A's one under another, and B's, in the type of x: one launch casts them all
+gradients    dA's and dB's in one buffer: one launch casts them back to the adapters' own type
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora.fast.nf4 import decode_into, workspace
+from lora.projection import NF4Weight, Projection
+
+TENSORS = 5  # of a projection that autograd sees: weight, bias, lora_A, lora_B, magnitude
+Static = tuple[NF4Weight | None, float]  # what it does not see: a quantised weight, and the scaling
+
+
+class Part(NamedTuple):
+    """A projection inside an autograd function."""
+
+    weight: Tensor | None  # dense, or None where it is quantised
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    magnitude: Tensor | None
+    quantised: NF4Weight | None
+    scaling: float
+
+    @property
+    def out_features(self) -> int:
+        weight = self.quantised if self.weight is None else self.weight
+        return int(weight.shape[0])  # type: ignore[union-attr]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+
+def unpacked(projections: Sequence[Projection]) -> tuple[list[Static], list[Tensor | None]]:
+    """What autograd does not see of each projection, and the five tensors of each that it does."""
+    static: list[Static] = []
+    tensors: list[Tensor | None] = []
+    for weight, bias, lora_A, lora_B, scaling, magnitude in projections:
+        quantised = weight if isinstance(weight, NF4Weight) else None
+        dense = None if isinstance(weight, NF4Weight) else weight
+        absent = lora_A is None or lora_B is None
+        tensors += [dense, bias, *((None, None, None) if absent else (lora_A, lora_B, magnitude))]
+        static.append((quantised, float(scaling)))
+    return static, tensors
+
+
+def packed(static: Sequence[Static], tensors: Sequence[Tensor | None]) -> list[Part]:
+    """The inverse of `unpacked`."""
+    return [
+        Part(*tensors[TENSORS * i : TENSORS * (i + 1)], *rest)  # type: ignore[arg-type, call-arg]
+        for i, rest in enumerate(static)
+    ]
+
+
+# ---- weights
+
+
+def multiply_into(h: Tensor, rows: Tensor, parts: Sequence[Part]) -> None:
+    """x W_iᵀ of each part into its columns of h: one product where the weights lie together, else one each."""
+    together = stacked_weight(parts, rows.dtype)
+    if together is not None:
+        torch.mm(rows, together.T, out=h)
+        return
+    for part, columns in zip(parts, h.split([part.out_features for part in parts], dim=1), strict=True):
+        torch.mm(rows, dense_of(part, rows.dtype).T, out=columns)
+
+
+def back_through(dys: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """Σ dy_i W_i, [tokens, in]: one product where both the gradients and the weights lie together."""
+    dtype = dys[0].dtype
+    side_by_side = columns_of_one(dys)
+    together = stacked_weight(parts, dtype) if side_by_side is not None else None
+    if side_by_side is not None and together is not None:
+        return torch.mm(side_by_side, together)
+    dx = torch.mm(dys[0], dense_of(parts[0], dtype))
+    for dy, part in zip(dys[1:], parts[1:], strict=True):
+        dx.addmm_(dy, dense_of(part, dtype))
+    return dx
+
+
+def dense_of(part: Part, dtype: torch.dtype) -> Tensor:
+    """The part's matrix, [out, in]: dense, or decoded into the workspace until the next product."""
+    if part.weight is not None:
+        return part.weight
+    together = stacked_weight([part], dtype)
+    if together is None:
+        raise TypeError("a projection has a dense or a quantised weight")
+    return together
+
+
+def stacked_weight(parts: Sequence[Part], dtype: torch.dtype) -> Tensor | None:
+    """All weights as one matrix [Σ out, in]: NF4 ones decoded together, dense ones if they lie one after another."""
+    quantised = [part.quantised for part in parts if part.quantised is not None]
+    if len(quantised) == len(parts):
+        sizes, fan_in = [part.out_features for part in parts], quantised[0].shape[1]
+        space = workspace(sum(sizes) * fan_in, dtype, quantised[0].codes.device).view(sum(sizes), fan_in)
+        for weight, block in zip(quantised, space.split(sizes), strict=True):
+            decode_into(weight, block)
+        return space
+    weights = [part.weight for part in parts if part.weight is not None]
+    if len(weights) < len(parts):
+        return None
+    return rows_of_one(weights)
+
+
+def rows_of_one(weights: Sequence[Tensor]) -> Tensor | None:
+    """Matrices that are consecutive rows of one matrix in memory, as that matrix; None where they are not."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    end = first.storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not weight.is_contiguous() or weight.storage_offset() != end or weight.dtype != first.dtype:
+            return None
+        end += weight.numel()
+    size = (sum(len(weight) for weight in weights), first.shape[1])
+    return torch.as_strided(first, size, (first.shape[1], 1), first.storage_offset())
+
+
+def columns_of_one(tensors: Sequence[Tensor]) -> Tensor | None:
+    """[tokens, n_i] tensors that are consecutive columns of one buffer, as that buffer; None where they are not."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    end, width = first.storage_offset(), sum(t.shape[1] for t in tensors)
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or tensor.stride() != first.stride() or tensor.storage_offset() != end:
+            return None
+        end += tensor.shape[1]
+    if first.stride(1) != 1 or first.stride(0) < width:
+        return None
+    return torch.as_strided(first, (len(first), width), (first.stride(0), 1), first.storage_offset())
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., features] as [tokens, features] whose rows are contiguous."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+# ---- factors and their gradients
+
+
+class Factors(NamedTuple):
+    """A group's adapters in the type of x."""
+
+    A: Tensor  # [Σ r, in]: the A's one under another
+    B: tuple[Tensor | None, ...]  # [out_i, r_i] each; None without an adapter
+
+
+def factors_of(parts: Sequence[Part], dtype: torch.dtype) -> Factors | None:
+    """The adapters of a group, cast in one launch where they are of another type; None where there are none."""
+    A = [part.lora_A for part in parts if part.lora_A is not None]
+    B = [part.lora_B for part in parts if part.lora_B is not None]
+    if not A:
+        return None
+    rows = sum(len(each) for each in A)
+    if any(each.dtype != dtype for each in (*A, *B)):
+        flat, views = buffers([each.shape for each in (*A, *B)], dtype, A[0].device)
+        torch._foreach_copy_(views, [*A, *B])
+        stacked, B = flat[: rows * A[0].shape[1]].view(rows, -1), views[len(A) :]
+    else:
+        stacked = A[0] if len(A) == 1 else torch.cat(A)
+    remaining = iter(B)
+    return Factors(stacked, tuple(None if part.lora_B is None else next(remaining) for part in parts))
+
+
+def buffers(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """One buffer with a piece for each shape, one after another."""
+    flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=dtype, device=device)
+    return flat, pieces(flat, shapes)
+
+
+def pieces(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The pieces of a buffer that `buffers` made."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return [piece.view(tuple(shape)) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
