@@ -29,6 +29,7 @@ from lora.dispatch import (
 )
 from lora.errors import LoRAError, UnsupportedError
 from lora.models import load
+from lora.planner import plan_checkpointing
 from lora.projection import Projection
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "merge",
     "merge_and_eject",
     "ops",
+    "plan_checkpointing",
     "quantize",
     "save_adapter",
     "set_adapter",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny import tiny_llama
@@ -10,6 +13,8 @@ import lora
 import lora.fast
 from lora import LoRAConfig
 from lora.projection import Projection
+from lora.reference.checkpoint import Inputs, Traffic
+from lora.reference.checkpoint import checkpoint as reference_checkpoint
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -26,11 +31,11 @@ def count_products(monkeypatch) -> list[tuple[int, ...]]:
 
     seen: list[tuple[int, ...]] = []
     linear = sys.modules["lora.fast.linear"]
-    plain = linear.products
+    plain = linear.multiply_into
     monkeypatch.setattr(
         linear,
-        "products",
-        lambda rows, parts: (seen.append(tuple(p.out_features for p in parts)), plain(rows, parts))[1],
+        "multiply_into",
+        lambda h, rows, parts: (seen.append(tuple(p.out_features for p in parts)), plain(h, rows, parts))[1],
     )
     return seen
 
@@ -99,3 +104,120 @@ def test_an_exception_in_the_backward_leaves_nothing_behind():
     dx = torch.autograd.grad(lora.ops.checkpoint(block, x).sum(), x)
     expected = torch.autograd.grad(lora.ops.lora_linear(lora.ops.lora_linear(x, p), p).sum(), x)
     assert torch.equal(dx[0], expected[0])
+
+
+# ---- the bytes that offloading moves
+
+CHECKPOINTS = {"reference": reference_checkpoint, "fast": lora.fast.checkpoint}
+SIZE = 5 * 8 * 4  # of x below
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def as_if_away(monkeypatch):
+    """Without a device to leave, a copy stands for the tensor in host memory."""
+    monkeypatch.setattr(Inputs, "away", lambda self, x: x.clone())
+
+
+def chain(call: Callable, traffic: Traffic, function: Callable, blocks: int, **where) -> torch.Tensor:
+    h = torch.randn(5, 8, requires_grad=True, **where)
+    for _ in range(blocks):
+        h = call(function, h, offload=traffic)
+    return h.sum()
+
+
+@pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_nothing_leaves_a_cpu(call):
+    traffic = Traffic()
+    chain(call, traffic, torch.sin, 3).backward()
+    assert traffic == Traffic()
+
+
+@pytest.mark.usefixtures("as_if_away")
+@pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_traffic_is_counted(call):
+    traffic = Traffic()
+    loss = chain(call, traffic, torch.sin, 3)
+    assert traffic == Traffic(out=3 * SIZE, waiting=3 * SIZE, peak=3 * SIZE, pageable=3 * SIZE)
+    loss.backward(retain_graph=True)
+    assert (traffic.back, traffic.waiting) == (3 * SIZE, 3 * SIZE)  # a second backward will want them again
+    loss.backward()
+    assert traffic == Traffic(out=3 * SIZE, back=6 * SIZE, waiting=0, peak=3 * SIZE, pageable=3 * SIZE)
+    chain(call, traffic, torch.sin, 2).backward()
+    assert traffic == Traffic(out=5 * SIZE, back=8 * SIZE, waiting=0, peak=3 * SIZE, pageable=5 * SIZE)
+
+
+@pytest.mark.usefixtures("as_if_away")
+@pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_traffic_of_a_graph_without_a_backward_does_not_wait_for_ever(call):
+    traffic = Traffic()
+    loss = chain(call, traffic, torch.sin, 3)
+    del loss
+    assert traffic == Traffic(out=3 * SIZE, waiting=0, peak=3 * SIZE, pageable=3 * SIZE)
+
+
+@pytest.mark.usefixtures("as_if_away")
+@pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_traffic_after_an_error_in_the_backward(call):
+    traffic, runs = Traffic(), []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        runs.append(None)
+        if len(runs) == 3 + 2:  # the second block that runs again
+            raise OSError("out of memory, say")
+        return x.sin()
+
+    loss = chain(call, traffic, block, 3)
+    with pytest.raises(OSError, match="out of memory"):
+        loss.backward()
+    assert (traffic.out, traffic.back, traffic.waiting) == (3 * SIZE, 2 * SIZE, 2 * SIZE)  # the last one's is freed
+    del loss
+    assert (traffic.waiting, traffic.peak) == (0, 3 * SIZE)
+
+
+@pytest.mark.usefixtures("as_if_away")
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_each_model_counts_its_own(backend):
+    with lora.use_backend(backend):
+        model = lora.inject(tiny_llama(), LoRAConfig(r=4))
+        lora.for_training(model, ["offload", "recompute"])
+        twin = copy.deepcopy(model)
+        model(IDS, labels=IDS).loss.backward()
+        size = IDS.numel() * 32 * 4
+        expected = Traffic(out=size, back=size, waiting=0, peak=size, pageable=size)
+        assert model.lora_state.modes["checkpointing"].traffic == expected
+        assert twin.lora_state.modes["checkpointing"].traffic == Traffic()
+        twin(IDS, labels=IDS)
+        assert twin.lora_state.modes["checkpointing"].traffic.out == size
+        text = lora.explain(model)
+        assert "checkpointing: recompute in 1 blocks, offload in 1 blocks" in text
+        assert f"{size:,} bytes went to host memory ({size:,} of them not pinned), {size:,} came back" in text
+        lora.for_inference(model)
+        assert "checkpointing" not in lora.explain(model)
+
+
+@CUDA
+@pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_traffic_of_a_gpu(call):
+    traffic = Traffic()
+    loss = chain(call, traffic, lambda x: x.sin().cos(), 4, device="cuda")
+    pageable = 0 if call is lora.fast.checkpoint else 4 * SIZE
+    assert traffic == Traffic(out=4 * SIZE, waiting=4 * SIZE, peak=4 * SIZE, pageable=pageable)
+    loss.backward()
+    assert traffic == Traffic(out=4 * SIZE, back=4 * SIZE, waiting=0, peak=4 * SIZE, pageable=pageable)
+
+
+@CUDA
+def test_memory_that_cannot_be_pinned_is_counted(monkeypatch):
+    empty_like = torch.empty_like
+
+    def unpinnable(x, *args, pin_memory=False, **options):
+        if pin_memory:
+            raise RuntimeError("no page-locked memory left")
+        return empty_like(x, *args, **options)
+
+    monkeypatch.setattr(torch, "empty_like", unpinnable)
+    traffic = Traffic()
+    with pytest.warns(UserWarning, match="cannot be pinned"):
+        chain(lora.fast.checkpoint, traffic, torch.sin, 2, device="cuda").backward()
+    assert traffic == Traffic(out=2 * SIZE, back=2 * SIZE, waiting=0, peak=2 * SIZE, pageable=2 * SIZE)

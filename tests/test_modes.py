@@ -112,9 +112,63 @@ def test_unknown_checkpointing_is_named():
         lora.for_training(adapted(), checkpointing="recomputed")
 
 
+def modes_in_force(model) -> list[str]:
+    """What each decoder layer is handed, by the arguments that it will call the checkpoint with."""
+    found = []
+    for layer in model.model.layers:
+        function = vars(layer).get("_gradient_checkpointing_func")
+        options = {} if function is None else function.keywords
+        found.append(next(iter(options), "recompute") if layer.gradient_checkpointing else "none")
+    return found
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_each_block_can_have_its_own_mode(backend):
+    with lora.use_backend(backend):
+        model = lora.inject(tiny_llama(num_hidden_layers=4), LoRAConfig(r=4, lora_dropout=0.5))
+        stir(model)
+        plain_loss, plain = step(lora.for_training(model))
+        names = ["offload", "recompute", "selective", "none"]
+        by_path = {f"model.layers.{i}": name for i, name in enumerate(names)}
+        for checkpointing in (names, tuple(names), by_path, dict(reversed(by_path.items()))):
+            lora.for_training(model)
+            assert modes_in_force(model) == ["none"] * 4
+            loss, gradients = step(lora.for_training(model, checkpointing))
+            assert modes_in_force(model) == names
+            assert torch.equal(loss, plain_loss)
+            assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+        assert "in 1 blocks, recompute in 1 blocks, selective in 1 blocks" in lora.explain(model)
+        lora.for_inference(model)
+        assert modes_in_force(model) == ["none"] * 4
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "message"),
+    [
+        (["none"], "checkpointing has 1 modes, expected 2: one for each block of this LlamaForCausalLM"),
+        (["none", "selectiv"], "checkpointing of model.layers.1 is 'selectiv', .*Did you mean 'selective'"),
+        (["none", None], "checkpointing of model.layers.1 is None, expected one of 'none'"),
+        ({"model.layers.0": "none"}, "checkpointing leaves out 'model.layers.1', expected a mode for each of the 2"),
+        (
+            {"model.layers.0": "none", "model.layer.1": "none"},
+            "names 'model.layer.1', .*Did you mean 'model.layers.1'\\? A plan is for the model it was made with",
+        ),
+        (3, "checkpointing is 3, expected one of 'none'"),
+        (None, "checkpointing is None, expected one of 'none'"),
+    ],
+)
+def test_wrong_modes_are_named_before_anything_changes(checkpointing, message):
+    model = lora.for_inference(adapted())
+    with pytest.raises(LoRAError, match=message):
+        lora.for_training(model, checkpointing)
+    assert not model.training and modes_in_force(model) == ["none", "none"]
+
+
 def test_a_model_without_blocks_cannot_checkpoint():
     model = lora.inject(toy(), LoRAConfig(r=2))
     with pytest.raises(LoRAError, match=r"Toy has no transformers GradientCheckpointingLayer.*checkpointing='none'"):
         lora.for_training(model, checkpointing="recompute")
+    with pytest.raises(LoRAError, match="Toy has no transformers GradientCheckpointingLayer"):
+        lora.for_training(model, checkpointing=["recompute"])
     assert not model.training
     assert lora.for_training(model).training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -152,6 +153,39 @@ def test_nf4_and_checkpointing_train(files: dict[str, Path], tmp_path: Path) -> 
     assert quantised.loss_after < quantised.loss_before
     assert quantised.loss_before != plain.loss_before  # its weights are others
     assert quantised.parameters == plain.parameters
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_checkpointing_for_a_memory_budget(files: dict[str, Path], tmp_path: Path, backend: str) -> None:
+    short = {"max_steps": 3, "backend": backend, "lora_dropout": 0.1, "samples": 0}
+    plain = trained(settings(files, tmp_path / "a", **short))
+    console = silent(200)
+    planned = settings(files, tmp_path / "b", checkpointing="auto", memory_budget="1KiB", **short)
+    with pytest.raises(LoRAError, match=r"give at least [0-9,]+ bytes, or a smaller batch") as error:
+        run(planned, console)
+    (tmp_path / "b" / "run.yaml").write_text("an earlier run")
+    with pytest.raises(LoRAError, match="give at least"):
+        run(planned.replace(overwrite=True), console)
+    assert (tmp_path / "b" / "run.yaml").read_text() == "an earlier run"  # what is refused replaces nothing
+    least = re.search(r"give at least ([0-9,]+) bytes", str(error.value))
+    assert least is not None
+    enough = planned.replace(memory_budget=int(least[1].replace(",", "")), overwrite=True, tensorboard=True)
+    assert run(enough, console).loss_after == plain.loss_after
+    assert any((tmp_path / "b" / "tensorboard").iterdir())
+    assert re.search(r"memory +.*recompute in \d blocks.*: peak", console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_a_budget_is_a_flag_too() -> None:
+    assert parse_flag("memory_budget", "6GiB") == "6GiB" and parse_flag("memory_budget", "4096") == 4096
+
+
+def test_the_largest_batch_is_the_longest_examples(files: dict[str, Path], tmp_path: Path) -> None:
+    job = stages(settings(files, tmp_path / "out"))
+    lengths = sorted(len(row["input_ids"]) for row in job.trainer.train_dataset)
+    batch = job.trainer.largest_batch()
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, lengths[-1])
+    assert sorted(batch["attention_mask"].sum(1).tolist()) == lengths[-4:]
+    assert (batch["labels"] == batch["input_ids"]).all()  # the loss takes the most where every token is learnt
 
 
 # ---- labels, loss and normalisation ----------------------------------------------------------------------------
@@ -490,6 +524,18 @@ BAD = {
     "dtype": ({"dtype": "float16"}, "expected one of 'auto', 'float32', 'bfloat16'"),
     "quantization": ({"quantization": "int8"}, "expected one of 'none', 'nf4'"),
     "checkpointing": ({"checkpointing": "recomput"}, "Did you mean 'recompute'"),
+    "budget without auto": (
+        {"memory_budget": "6GiB"},
+        "checkpointing is 'none' and memory_budget is '6GiB': .*give both",
+    ),
+    "auto without budget": (
+        {"checkpointing": "auto"},
+        "checkpointing is 'auto' and memory_budget is None: .*give both",
+    ),
+    "budget in words": (
+        {"checkpointing": "auto", "memory_budget": "much"},
+        "budget is 'much', expected a number of bytes",
+    ),
     "backend": ({"backend": "fst"}, "Did you mean 'fast'"),
     "dropout": ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
     "init": ({"init_lora_weights": "pisa"}, "Did you mean 'pissa'"),

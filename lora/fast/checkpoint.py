@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.reference.checkpoint import Inputs, Run, run_checkpointed
+from lora.reference.checkpoint import Inputs, Run, Traffic, run_checkpointed
 
 
 def checkpoint(
-    function: Callable[..., Any], /, *args: Any, offload: bool = False, selective: bool = False, **kwargs: Any
+    function: Callable[..., Any], /, *args: Any, offload: bool | Traffic = False, selective: bool = False, **kwargs: Any
 ) -> Any:
     """function(*args, **kwargs), keeping only its arguments until the backward; as `lora.reference.checkpoint`.
 
@@ -45,16 +45,16 @@ class FastRun(Run):
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        offload: bool,
+        offload: bool | Traffic,
         selective: bool,
     ) -> None:
         super().__init__(function, args, kwargs, offload, selective)
         self.operations: list[tuple[int, int]] = []  # first run: tensors saved before each, and by it
         self.position: int | None = None  # second run: how many have begun
 
-    def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool) -> Inputs:
+    def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool | Traffic) -> Inputs:
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in args)
-        return HostInputs(args, kwargs) if offload and on_gpu else Inputs(args, kwargs, offload)
+        return HostInputs(args, kwargs, offload) if offload and on_gpu else Inputs(args, kwargs, offload)
 
     def surroundings(self) -> list[Any]:
         return [*super().surroundings(), _current(self, second=True)]
@@ -108,10 +108,10 @@ class HostInputs(Inputs):
 
     latest: Callable[[], HostInputs | None] = staticmethod(lambda: None)  # the block whose forward came last, if alive
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool | Traffic) -> None:
         self.previous, HostInputs.latest = HostInputs.latest, weakref.ref(self)
         self.fetched: dict[int, Tensor] = {}
-        super().__init__(args, kwargs, offload=True)
+        super().__init__(args, kwargs, offload)
 
     def away(self, x: Tensor) -> Tensor:
         """A copy in pinned host memory, under way."""
@@ -131,6 +131,7 @@ class HostInputs(Inputs):
             if number in self.fetched or x.device == home:
                 continue
             stream = side_stream(home)
+            self.traffic.returns(x)
             with torch.cuda.stream(stream):
                 self.fetched[number] = x.to(home, non_blocking=True)
 

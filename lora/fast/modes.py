@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 
 from lora.fast.checkpoint import checkpoint
@@ -9,7 +11,7 @@ from lora.fast.inject import fuse
 from lora.reference import modes
 
 
-def for_training(model: nn.Module, checkpointing: str = "none") -> nn.Module:
+def for_training(model: nn.Module, checkpointing: str | Sequence[str] | Mapping[str, str] = "none") -> nn.Module:
     """Makes an injected model ready to train, fused; arguments and errors as in `lora.reference.for_training`."""
     modes.for_training(model, checkpointing)
     modes.set_checkpointing(model, checkpointing, checkpoint)

@@ -15,14 +15,17 @@ one over again, so it gets the same inputs, random generator states and autocast
 
 selective   the outputs of fused attention operations are kept (they are small beside what attention costs) and given
             out in the second run, which then does everything but attention again.
-offload     the positional arguments wait in host memory in between.
+offload     the positional arguments wait in host memory in between; a `Traffic` counts the bytes.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +50,52 @@ ATTENTION = frozenset(
 ) | {"flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"}
 
 
+@dataclass
+class Traffic:
+    """What offloading has moved, in bytes; hand one to any number of checkpoints as their `offload`.
+
+    Attributes:
+        out: copied from the device to host memory, all in all. A tensor that is on the CPU already does not move.
+        back: copied from host memory to the device; more than `out` where a graph has several backwards.
+        waiting: in host memory now. A copy leaves this count when its memory is freed: after the backward that
+            used it, or with its graph, whether that was dropped or an error ended its backward.
+        peak: the most that ever waited.
+        pageable: of `out`, what went to memory that is not pinned, from where copies do not overlap.
+    """
+
+    out: int = 0
+    back: int = 0
+    waiting: int = 0
+    peak: int = 0
+    pageable: int = 0
+
+    def leaves(self, host: Tensor) -> None:
+        """Counts a copy in host memory, from now until its memory is freed."""
+        storage = host.untyped_storage()
+        size = storage.nbytes()
+        with _counting:
+            self.out += size
+            self.pageable += 0 if host.is_pinned() else size
+            self.waiting += size
+            self.peak = max(self.peak, self.waiting)
+        weakref.finalize(storage, self.freed, size).atexit = False
+
+    def returns(self, host: Tensor) -> None:
+        """Counts a copy on its way back to the device."""
+        with _counting:
+            self.back += host.untyped_storage().nbytes()
+
+    def freed(self, size: int) -> None:
+        """Counts host memory that was given back."""
+        with _counting:
+            self.waiting -= size
+
+
+_counting = threading.RLock()  # backwards of other devices run on other threads; of the module, as a lock has no copy
+
+
 def checkpoint(
-    function: Callable[..., Any], /, *args: Any, offload: bool = False, selective: bool = False, **kwargs: Any
+    function: Callable[..., Any], /, *args: Any, offload: bool | Traffic = False, selective: bool = False, **kwargs: Any
 ) -> Any:
     """function(*args, **kwargs), keeping only its arguments until the backward runs it again.
 
@@ -57,7 +104,8 @@ def checkpoint(
             autocast, torch's generators and other checkpoints. It must not run a backward of its own.
         args, kwargs: tensors, or tuples, lists and dicts of them, or anything else; they need not require grad.
         offload: tensors among `args` (not parameters, not in `kwargs`) wait in host memory and return to their device
-            for the backward. On the CPU they are there already, and nothing is saved.
+            for the backward. On the CPU they are there already, and nothing is saved. A `Traffic` is a True that
+            counts.
         selective: what `scaled_dot_product_attention`'s fused kernels (flash, memory-efficient, cuDNN, CPU) and
             flash-attn return is kept and not computed again. Attention spelled out as matrix products (eager, or
             SDPA's "math" fallback) has no such operation: all of it is computed again. So is attention with dropout,
@@ -77,7 +125,7 @@ def run_checkpointed(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    offload: bool,
+    offload: bool | Traffic,
     selective: bool,
 ) -> Any:
     """The first run, under hooks that note what it saves."""
@@ -109,7 +157,7 @@ class Run:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        offload: bool,
+        offload: bool | Traffic,
         selective: bool,
     ) -> None:
         self.function = function
@@ -121,7 +169,7 @@ class Run:
         self.recomputed: dict[int, tuple[Tensor, int]] = {}  # number -> tensor, its version when it was saved
         self.finished = False
 
-    def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool) -> Inputs:
+    def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool | Traffic) -> Inputs:
         """How the arguments are kept."""
         return Inputs(args, kwargs, offload)
 
@@ -229,17 +277,22 @@ class Inputs:
     autograd never runs, it is packed by them, and a change in place is noticed. Parameters stay in memory anyway.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool | Traffic) -> None:
         self.leaves, self.structure = tree_flatten((args, kwargs))
         positional = len(tree_flatten(args)[0])
         self.devices = {leaf.device for leaf in self.leaves if isinstance(leaf, Tensor)}
         self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and not is_parameter(leaf)]
         self.requires_grad = [self.leaves[i].requires_grad for i in self.places]
         self.homes = [self.leaves[i].device for i in self.places]
+        self.traffic = offload if isinstance(offload, Traffic) else Traffic()
+        self.moved: set[int] = set()  # the numbers of those that really left
         kept = []
-        for place in self.places:
+        for number, place in enumerate(self.places):
             x, self.leaves[place] = self.leaves[place].detach(), None
             kept.append(self.away(x) if offload and place < positional else x)
+            if kept[number] is not x:
+                self.moved.add(number)
+                self.traffic.leaves(kept[number])
         anchor = torch.empty(0, requires_grad=True)
         self.keeper: Any = Keep.apply(anchor, *kept)  # type: ignore[no-untyped-call]
 
@@ -253,11 +306,13 @@ class Inputs:
         return args, kwargs
 
     def away(self, x: Tensor) -> Tensor:
-        """A tensor in host memory."""
+        """The tensor in host memory: itself if it is there."""
         return x.to("cpu")
 
     def back(self, number: int, x: Tensor, home: torch.device) -> Tensor:
         """The tensor that was kept as number `number`, on the device it came from."""
+        if number in self.moved:
+            self.traffic.returns(x)
         return x.to(home)
 
 

@@ -10,7 +10,9 @@ decoder block calls the function it is handed. Switching back and forth changes 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -18,7 +20,7 @@ from torch import nn
 from lora.adapters import state_of
 from lora.errors import LoRAError, did_you_mean
 from lora.layers import adapter_layers
-from lora.reference.checkpoint import checkpoint
+from lora.reference.checkpoint import Traffic, checkpoint
 from lora.reference.merge import merge as merge_adapters
 from lora.reference.merge import unmerge
 
@@ -30,19 +32,34 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 }
 
 
-def for_training(model: nn.Module, checkpointing: str = "none") -> nn.Module:
+@dataclass
+class Checkpointing:
+    """What `for_training` set up, in `state_of(model).modes["checkpointing"]`: shown by `explain`."""
+
+    modes: dict[str, str]  # by block path
+    traffic: Traffic = field(default_factory=Traffic)  # of every block that offloads
+
+    def __str__(self) -> str:
+        counted = Counter(self.modes.values())
+        text = ", ".join(f"{mode} in {counted[mode]} blocks" for mode in CHECKPOINTING if counted[mode])
+        if not counted["offload"]:
+            return text
+        t = self.traffic
+        moved = f"{t.out:,} bytes went to host memory ({t.pageable:,} of them not pinned), {t.back:,} came back"
+        return f"{text}; {moved}, {t.waiting:,} wait there now, {t.peak:,} at most"
+
+
+def for_training(model: nn.Module, checkpointing: str | Sequence[str] | Mapping[str, str] = "none") -> nn.Module:
     """Makes an injected model ready to train; see the top of this file.
 
     Args:
-        checkpointing: "none", "recompute", "selective" or "offload".
+        checkpointing: "none", "recompute", "selective" or "offload" for all blocks; a sequence of these names, one for
+            each block in the model's order; or a mapping from every block's path to its name, as
+            `lora.plan_checkpointing` returns. What offloading moves is counted: see `Traffic`.
 
-    Raises: LoRAError for another name, or where the model has no blocks to checkpoint.
+    Raises: LoRAError for another name, another number of names, a path that is no block's, or where the model has no
+        blocks to checkpoint.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise LoRAError(
-            f"checkpointing is {checkpointing!r}, expected one of {', '.join(map(repr, CHECKPOINTING))}."
-            f"{did_you_mean(str(checkpointing), CHECKPOINTING)}"
-        )
     state_of(model)
     set_checkpointing(model, checkpointing)
     unmerge(model)
@@ -65,21 +82,77 @@ def for_inference(model: nn.Module, merge: bool = False) -> nn.Module:
     return model.eval()
 
 
-def set_checkpointing(model: nn.Module, mode: str, run: Callable[..., Any] = checkpoint) -> None:
-    """Hands every checkpointable block of `model` the function it runs through, or takes it away ("none")."""
-    blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    if not blocks and mode != "none":
-        raise LoRAError(
-            f"checkpointing={mode!r} needs a model whose blocks can be checkpointed, but {type(model).__name__} has no "
-            "transformers GradientCheckpointingLayer: use checkpointing='none', or call lora.ops.checkpoint yourself."
-        )
-    function: Callable[..., Any] = functools.partial(run, **CHECKPOINTING[mode])
-    for block in blocks:
-        block.gradient_checkpointing = mode != "none"  # type: ignore[assignment]
+def set_checkpointing(
+    model: nn.Module,
+    checkpointing: str | Sequence[str] | Mapping[str, str],
+    run: Callable[..., Any] = checkpoint,
+) -> None:
+    """Hands every checkpointable block of `model` the function it runs through, or takes it away ("none").
+
+    Modules that contain blocks (the decoder itself has the flag too) follow them where all blocks agree.
+    """
+    setting = Checkpointing(modes_of(model, checkpointing))
+    options = CHECKPOINTING | {"offload": {"offload": setting.traffic}}
+    functions = {mode: functools.partial(run, **options[mode]) for mode in CHECKPOINTING}
+    agreed = next(iter(setting.modes.values())) if len(set(setting.modes.values())) == 1 else "none"
+    for path, module in hooked_modules(model).items():
+        mode = setting.modes.get(path, agreed)
+        module.gradient_checkpointing = mode != "none"  # type: ignore[assignment]
         if mode != "none":
-            block._gradient_checkpointing_func = function  # type: ignore[assignment]
-        elif "_gradient_checkpointing_func" in vars(block):
-            del block._gradient_checkpointing_func
+            module._gradient_checkpointing_func = functions[mode]  # type: ignore[assignment]
+        else:
+            vars(module).pop("_gradient_checkpointing_func", None)
+    state_of(model).modes.pop("checkpointing", None)
+    if set(setting.modes.values()) - {"none"}:
+        state_of(model).modes["checkpointing"] = setting
+
+
+def modes_of(model: nn.Module, checkpointing: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """The mode of each block by its path. Raises: LoRAError, as `for_training` says."""
+    paths, given, kind = list(checkpointable_blocks(model)), checkpointing, type(model).__name__
+    if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
+        _checked_mode(given, "checkpointing")
+    if not paths and given != "none":
+        raise LoRAError(
+            f"checkpointing={given!r} needs a model whose blocks can be checkpointed, but {kind} has no transformers "
+            "GradientCheckpointingLayer: use checkpointing='none', or call lora.ops.checkpoint yourself."
+        )
+    if isinstance(given, str):
+        return dict.fromkeys(paths, given)
+    if not isinstance(given, Mapping):
+        if len(given) != len(paths):
+            raise LoRAError(
+                f"checkpointing has {len(given)} modes, expected {len(paths)}: one for each block of this {kind}."
+            )
+        given = dict(zip(paths, given, strict=True))
+    for path in dict.fromkeys([*given, *paths]):
+        if path not in paths or path not in given:
+            near = did_you_mean(str(path), {*paths} - {*given, path})
+            raise LoRAError(
+                f"checkpointing {'names' if path in given else 'leaves out'} {path!r}, expected a mode for each of the "
+                f"{len(paths)} blocks of this {kind} and nothing else.{near} A plan is for the model it was made with."
+            )
+        _checked_mode(given[path], f"checkpointing of {path}")
+    return {path: given[path] for path in paths}
+
+
+def _checked_mode(mode: Any, name: str) -> None:
+    if not isinstance(mode, str) or mode not in CHECKPOINTING:
+        raise LoRAError(
+            f"{name} is {mode!r}, expected one of {', '.join(map(repr, CHECKPOINTING))}."
+            f"{did_you_mean(str(mode), CHECKPOINTING)}"
+        )
+
+
+def hooked_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with transformers' checkpointing flag, by path."""
+    return {path: module for path, module in model.named_modules() if hasattr(module, "gradient_checkpointing")}
+
+
+def checkpointable_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules with the flag: what runs through the function it is handed, in the model's order."""
+    hooked = hooked_modules(model)
+    return {path: module for path, module in hooked.items() if len(hooked_modules(module)) == 1}
 
 
 def _set_cache(model: nn.Module, inference: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from lora.config import LoRAConfig
 from lora.errors import LoRAError, did_you_mean
+from lora.planner import bytes_of
 
 GROUPS = {
     "model": "what is fine-tuned",
@@ -29,7 +30,7 @@ GROUPS = {
 QUANTIZATIONS = ("none", "nf4")
 DTYPES = ("auto", "float32", "bfloat16")  # float16 overflows without loss scaling
 SCHEDULERS = ("linear", "cosine", "constant")
-CHECKPOINTING = ("none", "recompute", "selective", "offload")
+CHECKPOINTING = ("none", "recompute", "selective", "offload", "auto")
 BACKENDS = ("reference", "fast", "auto")
 PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")  # q_proj,v_proj: names, no regular expression
 ADAPTER_DEFAULTS = LoRAConfig()
@@ -105,7 +106,13 @@ class TrainConfig:
     batch_size: int = option(8, "optimisation", "examples in one forward pass")
     grad_accumulation: int = option(1, "optimisation", "forward passes in one optimizer step")
     checkpointing: str = option(
-        "none", "optimisation", "compute activations again to save memory", choices=CHECKPOINTING
+        "none",
+        "optimisation",
+        "compute activations again to save memory; auto: per block, as --memory-budget asks",
+        choices=CHECKPOINTING,
+    )
+    memory_budget: int | str | None = option(
+        None, "optimisation", "for --checkpointing auto: memory above model and optimizer, like 6GiB", fixed=False
     )
     seed: int = option(0, "optimisation", "of the adapter's start, the order of the data, dropout and the split")
 
@@ -139,6 +146,13 @@ class TrainConfig:
                     f"{f.name} is {value!r}, expected one of {', '.join(map(repr, choices))}."
                     f"{did_you_mean(str(value), choices)}"
                 )
+        if (self.checkpointing == "auto") != (self.memory_budget is not None):
+            raise LoRAError(
+                f"checkpointing is {self.checkpointing!r} and memory_budget is {self.memory_budget!r}: "
+                "--checkpointing auto plans for a --memory-budget, like 6GiB; give both or neither."
+            )
+        if self.memory_budget is not None:
+            bytes_of(self.memory_budget)
         if self.resume and self.overwrite:
             raise LoRAError(
                 "resume and overwrite are both set: going on from a run and replacing it exclude each other."

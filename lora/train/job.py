@@ -35,6 +35,7 @@ from lora import dispatch, models
 from lora.adapter_io import save_adapter
 from lora.adapters import disable_adapters, trainable_parameters
 from lora.errors import LoRAError
+from lora.planner import plan_checkpointing
 from lora.train import checkpoint
 from lora.train.config import TrainConfig
 from lora.train.data import Data, Prompt, load_data, prompts_of
@@ -149,9 +150,13 @@ class Job:
         check_chat(self.data, self.chat)
         torch.manual_seed(config.seed)
         dispatch.inject(self.model, config.lora_config())
-        dispatch.for_training(self.model, config.checkpointing)
-        make_output(config)  # from here on an earlier run may be replaced: nothing above has refused
+        dispatch.for_training(self.model, "none" if config.memory_budget else config.checkpointing)
+        make_output(config)
         self.build_trainer()
+        self.plan()
+        clear_output(config)  # from here on an earlier run may be replaced: nothing above has refused
+        if config.tensorboard and find_spec("tensorboard") is not None:
+            self.trainer.add_callback(tensorboard(self.output / TENSORBOARD))
         self.describe()
 
     def build_trainer(self) -> None:
@@ -169,8 +174,20 @@ class Job:
         if self.resumed is not None:
             checkpoint.check_same_run(self.resumed, record)
             record["before"] = checkpoint.read_state(self.resumed)["run"]["before"]
-        if config.tensorboard and find_spec("tensorboard") is not None:
-            self.trainer.add_callback(tensorboard(self.output / TENSORBOARD))
+
+    def plan(self) -> None:
+        """With a memory budget, chooses each block's checkpointing for the largest batch."""
+        budget = self.config.memory_budget
+        if budget is None:
+            return
+
+        def loss(**batch: Any) -> torch.Tensor:
+            return self.trainer.next_token_loss(batch, batch["labels"].numel())
+
+        with self.working("measuring a training step"):
+            plan = plan_checkpointing(self.model, self.trainer.largest_batch(), budget, loss=loss)
+        dispatch.for_training(self.model, plan)
+        self.say("memory", plan.summary())
 
     def describe(self) -> None:
         config, prepared = self.config, self.trainer.prepared
@@ -321,12 +338,23 @@ def check_output(config: TrainConfig) -> checkpoint.Found:
 
 
 def make_output(config: TrainConfig) -> None:
-    """Makes the output directory, and with `overwrite` clears an earlier run out of it."""
-    output = Path(config.output)
-    try:
+    """Makes the output directory."""
+    with writing(Path(config.output)) as output:
+        output.mkdir(parents=True, exist_ok=True)
+
+
+def clear_output(config: TrainConfig) -> None:
+    """With `overwrite`, clears an earlier run out of the output directory."""
+    with writing(Path(config.output)) as output:
         for path in earlier_run(output) if config.overwrite else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        output.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[Path]:
+    """The output directory; what it cannot do becomes a LoRAError."""
+    try:
+        yield output
     except OSError as error:
         raise LoRAError(f"output: {output} cannot be written: {error.strerror or error}.") from None
 
