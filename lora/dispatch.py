@@ -14,7 +14,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -25,7 +25,7 @@ from lora.errors import LoRAError, UnsupportedError, did_you_mean
 BACKENDS = ("reference", "fast", "auto")
 OPERATIONS = (
     "lora_linear", "lora_embedding", "lora_qkv", "lora_mlp", "nf4_quantize", "nf4_dequantize", "rms_norm", "rope",
-    "linear_cross_entropy", "dropout_mask", "merge_weight", "multi_lora_linear", "checkpoint",
+    "layer_norm", "linear_cross_entropy", "dropout_mask", "merge_weight", "multi_lora_linear", "checkpoint",
 )  # fmt: skip
 _chosen: str | None = None
 
@@ -137,12 +137,13 @@ def quantize(model: nn.Module, scheme: str = "nf4", double_quant: bool = True, *
     return backend().quantize(model, scheme, double_quant=double_quant, **options)  # type: ignore[no-any-return]
 
 
-def for_training(model: nn.Module, checkpointing: str = "none") -> nn.Module:
+def for_training(model: nn.Module, checkpointing: str | Sequence[str] | Mapping[str, str] = "none") -> nn.Module:
     """Training mode: dropout on, KV cache off, merged adapters unmerged, activation checkpointing as named.
 
     Args:
         checkpointing: "none"; "recompute" (keep each block's input only); "selective" (also keep attention's
-            outputs); "offload" (block inputs wait in host memory).
+            outputs); "offload" (block inputs wait in host memory). Or one of these names for each block, in order; or
+            a plan of `lora.plan_checkpointing`, made for a number of bytes.
     """
     return backend().for_training(model, checkpointing=checkpointing)  # type: ignore[no-any-return]
 
@@ -169,7 +170,8 @@ def explain(model: nn.Module) -> str:
         rows.append(("(model)", type(model).__name__, name, "not fused: for_training and for_inference fuse it"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"backend: {name}", *lines])
+    checkpointing = state_of(model).modes.get("checkpointing")
+    return "\n".join([f"backend: {name}", *lines, *([f"checkpointing: {checkpointing}"] if checkpointing else [])])
 
 
 def _implementation(name: str, layer: Any) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import lora
 import lora.fast
 from lora import LoRAConfig
 from lora.fast.inject import fuse, unfuse
+from lora.fast.patch import norm_of_sum
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "head_dim": 8}
@@ -127,6 +128,12 @@ def test_every_family_is_fused_and_says_how(family):
     for part in ("RoPE in one pass", "RMSNorm in one pass", "gate, up and down", "loss without logits"):
         assert part in text
     assert ("q, k, v in one product" in text) == (family != "phi3")  # one matrix already
+    norm = "pre_feedforward_layernorm" if "gemma" in family else "post_attention_layernorm"
+    expected = f"attention's residual sum and {norm} in one pass"
+    if family == "olmo2":
+        expected = "its own: the norms come before the sums, so there is nothing to fuse"
+    assert notes["model.layers.1"] == expected
+    assert expected in lora.explain(model)
     assert unfuse(model)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -174,13 +181,201 @@ def test_a_deep_copy_of_a_fused_model_is_its_own():
 
 
 @pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
-def test_checkpointing_a_fused_model_is_bit_identical(mode):
-    model = lora.inject(build("llama"), LoRAConfig(r=4, lora_dropout=0.3, init_lora_weights=False))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_a_fused_model_is_bit_identical(family, mode):
+    model = lora.inject(build(family), LoRAConfig(r=4, lora_dropout=0.3, init_lora_weights=False))
     loss, gradients = step(lora.fast.for_training(model))
+    runs = count_calls(model.model.layers[0].mlp)
     again, found = step(lora.fast.for_training(model, checkpointing=mode))
+    assert len(runs) == 2  # the block did run a second time
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
         assert torch.equal(found[name], gradient), name
+
+
+def count_calls(module: nn.Module) -> list[Tensor]:
+    """What the module is called with from now on, added to as it happens."""
+    inputs: list[Tensor] = []
+    module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    return inputs
+
+
+def additions(output: Tensor) -> int:
+    """How many sums of two tensors that need a gradient are in the graph of an output."""
+    nodes, seen, count = [output.grad_fn], set(), 0
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            count += node.name() == "AddBackward0"
+            nodes += [following for following, _ in node.next_functions]
+    return count
+
+
+def take_layers_back(model: Any) -> Any:
+    """The layers' own forwards, everything else fused."""
+    for layer in model.model.layers:
+        assert "forward" in vars(layer)
+        del vars(layer)["forward"]
+    return model
+
+
+WITH_SUMS = [family for family in FAMILIES if family != "olmo2"]
+
+
+@pytest.mark.parametrize("family", WITH_SUMS)
+def test_the_sum_before_a_norm_is_in_the_norm(family):
+    model = lora.inject(build(family), LoRAConfig(r=4, init_lora_weights=False))
+    fused = additions(lora.fast.for_training(model).model(IDS).last_hidden_state)
+    own = additions(take_layers_back(model).model(IDS).last_hidden_state)
+    masks = 2 if family == "gemma2" else 0  # its softcapped attention adds the mask to the scores
+    assert (fused, own) == (2 + masks, 4 + masks)  # one of two sums in each of two layers
+
+
+def train_norms(model: Any) -> Any:
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            p.requires_grad_()
+    return model
+
+
+SPECIAL = {"granite": {"residual_multiplier": 0.3}, "phi3": {"resid_pdrop": 0.4}}
+
+
+@pytest.mark.parametrize("family", WITH_SUMS)
+def test_a_layer_s_gradients_are_those_of_its_own_forward(family):
+    """Every norm's weight too, and Phi-3's dropout, which draws the same random numbers in the same places."""
+    model = lora.inject(build(family, **SPECIAL.get(family, {})), LoRAConfig(r=4, init_lora_weights=False))
+    expected = reference_step(train_norms(model))
+    assert any("norm" in name for name in expected[1])
+    assert_close(step(lora.fast.for_training(model)), expected)
+    assert_close(step(take_layers_back(model)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_of_the_reference(family):
+    model = lora.inject(build(family), LoRAConfig(r=4, init_lora_weights=False))
+    with lora.use_backend("reference"), torch.no_grad():
+        expected = lora.for_inference(model)(IDS, output_hidden_states=True)
+    with torch.no_grad():
+        found = lora.fast.for_inference(model)(IDS, output_hidden_states=True)
+    assert len(found.hidden_states) == 3
+    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert float((one - other).abs().max()) <= FLOAT32 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # Mistral's attention asks for a mask, its layer does not
+def test_a_layer_takes_what_its_own_forward_takes(family):
+    """Arguments by position and by name, and defaults for those left out."""
+    model = lora.fast.for_inference(lora.inject(build(family), LoRAConfig(r=4, init_lora_weights=False)))
+    layer, x = model.model.layers[0], torch.randn(2, 5, 32, dtype=torch.float64)
+    cos_sin = model.model.rotary_emb(x, torch.arange(5)[None])
+    mask = torch.zeros(2, 1, 5, 5, dtype=torch.float64).masked_fill(~torch.ones(5, 5).tril().bool(), float("-inf"))
+    own = type(layer).forward
+    for args, kwargs in (
+        ((), {"hidden_states": x, "position_embeddings": cos_sin}),
+        ((x, mask), {"position_embeddings": cos_sin}),
+        ((x, mask, None, None, False, cos_sin), {"an_argument_of_some_kernel": 1}),
+    ):
+        torch.testing.assert_close(layer(*args, **kwargs), own(layer, *args, **kwargs), rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match="hidden_states"):
+        layer(position_embeddings=cos_sin)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "backward", "everywhere"])
+def test_a_norm_with_hooks_is_called(kind):
+    model = lora.inject(build("llama"), LoRAConfig(r=4, init_lora_weights=False))
+    expected = step(lora.fast.for_training(model))
+    norm, calls = model.model.layers[0].post_attention_layernorm, []
+    register = {
+        "pre": norm.register_forward_pre_hook,
+        "post": norm.register_forward_hook,
+        "backward": norm.register_full_backward_hook,
+        "everywhere": nn.modules.module.register_module_forward_hook,
+    }[kind]
+    handle = register(lambda module, *_: calls.append(module) if module is norm else None)
+    assert_close(step(model), expected)
+    assert calls == [norm]
+    handle.remove()
+    assert_close(step(model), expected)
+    assert calls == [norm]
+
+
+def test_a_layer_whose_norm_is_another_keeps_its_forward():
+    model = build("llama")
+    model.model.layers[0].post_attention_layernorm = nn.RMSNorm(32, eps=1e-6).double()
+    config = LoRAConfig(r=4, init_lora_weights=False, modules_to_save=["layers.1.post_attention_layernorm"])
+    lora.inject(model, config)
+    expected = reference_step(model)
+    assert "model.layers.1.post_attention_layernorm.copies.default.weight" in expected[1]
+    assert_close(step(lora.fast.for_training(model)), expected)
+    notes = model.lora_state.modes["fusion"].notes
+    assert notes["model.layers.0"] == "left as it is: its post_attention_layernorm is a RMSNorm"
+    assert notes["model.layers.1"] == "left as it is: its post_attention_layernorm is a SavedModule"
+
+
+def test_a_norm_replaced_after_fusing_is_called():
+    model = lora.fast.for_training(lora.inject(build("llama"), LoRAConfig(r=4, init_lora_weights=False)))
+    layer, calls = model.model.layers[0], []
+
+    class Other(nn.RMSNorm):
+        def forward(self, x):
+            calls.append(x)
+            return super().forward(x)
+
+    other = Other(32, eps=1e-6).double().requires_grad_(False)
+    other.weight.data = layer.post_attention_layernorm.weight.data
+    expected = step(model)
+    layer.post_attention_layernorm = other
+    assert_close(step(model), expected)
+    assert len(calls) == 1
+
+
+def test_a_layer_of_another_shape_keeps_its_forward(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    def forward(self, hidden_states, **kwargs):
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(hidden_states)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    model = fuse(lora.inject(build("llama"), LoRAConfig(r=4)))
+    assert "forward" not in vars(model.model.layers[0])
+    assert model.lora_state.modes["fusion"].notes["model.layers.0"].startswith("left as it is: a decoder layer of")
+
+
+def test_dtypes_that_autocast_mixes_are_added_as_the_layer_adds_them(monkeypatch):
+    """The operation adds in x's dtype, which is not what the layer does."""
+    residuals, plain = [], lora.fast.rms_norm
+    monkeypatch.setattr(
+        lora.fast,
+        "rms_norm",
+        lambda *a, **options: (residuals.append(options.get("residual")), plain(*a, **options))[1],
+    )
+    model = lora.fast.for_training(lora.inject(tiny_llama(), LoRAConfig(r=2)))
+    norm = model.model.layers[0].post_attention_layernorm
+    x, residual = torch.randn(5, 32).bfloat16(), torch.randn(5, 32)
+    y, total = norm_of_sum(norm, x, residual)
+    assert torch.equal(total, residual + x) and total.dtype == torch.float32
+    assert torch.equal(y, norm(residual + x))
+    assert residuals == [None, None]
+    norm_of_sum(norm, x.float(), residual)
+    assert residuals[-1] is residual
+
+
+def test_a_layer_whose_class_changes_is_still_checkpointed():
+    """FSDP2 gives a module a subclass of its own class; transformers wraps a subclass's forward once more."""
+    model = lora.inject(build("llama"), LoRAConfig(r=4, lora_dropout=0.3, init_lora_weights=False))
+    expected = step(lora.fast.for_training(model))
+    lora.fast.for_training(model, checkpointing="recompute")
+    for layer in model.model.layers:
+        layer.__class__ = type(f"Sharded{type(layer).__name__}", (type(layer),), {})
+    runs = count_calls(model.model.layers[1].mlp)
+    loss, gradients = step(model)
+    assert len(runs) == 2
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
+    assert additions(model.model(IDS).last_hidden_state) == 2
 
 
 def test_nf4_models_train_as_on_the_reference():

@@ -12,10 +12,12 @@ from torch import Tensor
 
 import lora.fast as fast
 import lora.reference as reference
-from lora.fast.linear import rows_of_one
 from lora.fast.loss import CHUNK_BYTES
+from lora.fast.operands import rows_of_one
 from lora.projection import Dropout, Projection
 from lora.reference.loss import warn_nothing_counts
+from lora.reference.norm import layer_norm_backward
+from lora.testing import assert_within
 
 F64 = torch.float64
 TOLERANCE = 1e-11  # float64 rounds by 1e-16, and no sum here has more than a few hundred terms of order one
@@ -139,6 +141,59 @@ def test_rms_norm(shape, offset, rounds, with_residual):
         torch.testing.assert_close(dresidual, expected, rtol=1e-11, atol=1e-11)
 
 
+LAYER_NORM = ("x", "weight", "bias", "residual")
+
+
+@given(tokens, st.booleans(), st.booleans(), st.sets(st.sampled_from(LAYER_NORM), min_size=1))
+def test_layer_norm(shape, with_bias, with_residual, trained):
+    x, weight, bias, residual = normal(*shape, 9), normal(9), normal(9), normal(*shape, 9)
+    given = {"x": x, "weight": weight, "bias": bias if with_bias else None}
+    given["residual"] = residual if with_residual else None
+    wanted = [given[name].requires_grad_() for name in LAYER_NORM if name in trained and given[name] is not None]
+    results = []
+    for backend in (reference, fast):
+        out = backend.layer_norm(**given, eps=0.01)
+        assert isinstance(out, tuple) == with_residual
+        ys = out if isinstance(out, tuple) else (out,)
+        torch.manual_seed(5)
+        dys = [normal(*y.shape) for y in ys]
+        used = [number for number, y in enumerate(ys) if y.requires_grad]  # s does not, from a weight alone
+        gradients = torch.autograd.grad([ys[n] for n in used], wanted, [dys[n] for n in used]) if wanted else ()
+        results.append([*ys, *gradients])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (0,)])
+def test_the_norms_gradients_are_those_of_finite_differences(shape):
+    x, residual = normal(*shape, 4).requires_grad_(), normal(*shape, 4).requires_grad_()
+    weight, bias = normal(4).requires_grad_(), normal(4).requires_grad_()
+    for r in ((residual,), ()):
+        inputs = (x, weight, bias, *r)
+        assert torch.autograd.gradcheck(lambda x, w, b, r=None: fast.layer_norm(x, w, b, residual=r, eps=0.1), inputs)
+        inputs = (x, weight, *r)
+        assert torch.autograd.gradcheck(lambda x, w, r=None: fast.rms_norm(x, w, residual=r, eps=0.1), inputs)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_layer_norm_in_bfloat16_rounds_its_results_once(weight_dtype):
+    """The bound: one rounding of a result, and float32 sums of 65 features or 40 rows with ten operations on each."""
+    x, dy = normal(40, 65).bfloat16().requires_grad_(), normal(40, 65).bfloat16()
+    weight, bias = (normal(65).to(weight_dtype).requires_grad_() for _ in range(2))
+    y = fast.layer_norm(x, weight, bias)
+    found = [y, *torch.autograd.grad(y, (x, weight, bias), dy)]
+    x64, w64, b64, dy64 = (t.detach().double() for t in (x, weight, bias, dy))
+    truth = [reference.layer_norm(x64, w64, b64), *layer_norm_backward(dy64, x64, w64, b64)]
+    normed = reference.layer_norm(x64, torch.ones_like(w64)).abs()
+    e, rho = (dy64 * w64).abs(), x64.var(-1, correction=0, keepdim=True).rsqrt()
+    sizes = [normed * w64.abs() + b64.abs() + 1, rho * (e + e.mean(-1, True) + normed * (e * normed).mean(-1, True))]
+    sizes += [(dy64.abs() * (normed + 1)).sum(0), dy64.abs().sum(0)]  # 1: the mean's own error, beside x̂ of order one
+    for one, exact, size, like in zip(found, truth, sizes, (x, x, weight, bias), strict=True):
+        assert one.dtype == like.dtype
+        u = torch.finfo(like.dtype).eps / 2
+        assert_within(one, exact, u * exact.abs() + 75 * 2**-24 * size)
+
+
 @given(st.sampled_from([8, 4]), st.booleans(), st.booleans(), st.integers(1, 5))
 def test_rope(rot, interleaved, by_position, seq):
     q, k = normal(2, seq, 4, 8).requires_grad_(), normal(2, 2, seq, 8).requires_grad_()  # q is used transposed
@@ -255,6 +310,9 @@ def test_saved_bytes_are_those_of_the_docstrings(dropout):
     assert mlp == T * (fan_in + 2 * hidden + 3 * r)
     weight = torch.nn.Parameter(normal(fan_in), requires_grad=False)
     assert saved_numbers(lambda: fast.rms_norm(x, weight)) == T * (fan_in + 1)
+    assert saved_numbers(lambda: fast.rms_norm(x, weight, residual=normal(T, fan_in))) == T * (fan_in + 1)  # s, not x
+    assert saved_numbers(lambda: fast.layer_norm(x, weight)) == T * (fan_in + 2)
+    assert saved_numbers(lambda: fast.layer_norm(x, weight, weight, residual=normal(T, fan_in))) == T * (fan_in + 2)
     labels = torch.randint(16, (T,))
     head = frozen(projection(16, fan_in, 0))
     assert saved_numbers(lambda: fast.linear_cross_entropy(x, head, labels)) == T * fan_in + T  # dx, and which count

@@ -52,17 +52,39 @@ def test_backward_of_rms_norm(
     check_rms_norm([normal(*leading, features), normal(features), *residual], offset=offset, eps=eps)
 
 
-@given(leading=LEADING, features=st.integers(2, 7), bias=st.booleans(), seed=st.integers(0, 2**31))
-def test_backward_of_layer_norm(leading: list[int], features: int, bias: bool, seed: int) -> None:
-    torch.manual_seed(seed)
+def check_layer_norm(tensors: list[Tensor], bias: bool, with_residual: bool, numerical: bool = True) -> None:
+    """`tensors`: x, weight, and perhaps the bias and the residual."""
+
+    def split(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        return (tensors[:-1], tensors[-1]) if with_residual else (tensors, None)
+
+    def forward(*tensors: Tensor) -> Any:
+        arguments, residual = split(tensors)
+        return layer_norm(*arguments, residual=residual, eps=0.01)
 
     def backward(dy: Tensor, *tensors: Tensor) -> list[Tensor]:
-        dx, dweight, dbias = layer_norm_backward(dy, *tensors, eps=0.01)
+        dsum = tensors[0] if with_residual else None
+        arguments, residual = split(tensors[with_residual:])
+        dx, dweight, dbias = layer_norm_backward(dy, *arguments, residual=residual, dsum=dsum, eps=0.01)
         assert (dbias is not None) == bias
-        return [dx, dweight, dbias][: 2 + bias]
+        return [dx, dweight, *([] if dbias is None else [dbias]), *([dx] if with_residual else [])]
 
-    tensors = [normal(*leading, features), normal(features), *([normal(features)] if bias else [])]
-    check_backward(lambda *tensors: layer_norm(*tensors, eps=0.01), backward, tensors)
+    check_backward(forward, backward, tensors, numerical=numerical)
+
+
+@given(
+    leading=LEADING,
+    features=st.integers(2, 7),
+    bias=st.booleans(),
+    with_residual=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_backward_of_layer_norm(leading: list[int], features: int, bias: bool, with_residual: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    tensors = [normal(*leading, features), normal(features)]
+    tensors += [normal(features)] if bias else []
+    tensors += [normal(*leading, features)] if with_residual else []
+    check_layer_norm(tensors, bias, with_residual)
 
 
 def transformers_norm(family: str) -> type[torch.nn.Module]:
@@ -104,6 +126,10 @@ def test_the_residual_is_added_first_and_returned(dtype: torch.dtype) -> None:
     y, total = rms_norm(x, weight, residual=residual)
     assert torch.equal(total, x + residual)
     assert torch.equal(y, rms_norm(x + residual, weight))
+    bias = normal(12, dtype=dtype)
+    y, total = layer_norm(x, weight, bias, residual=residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, layer_norm(x + residual, weight, bias))
 
 
 def test_agrees_with_torch() -> None:
@@ -124,6 +150,8 @@ def test_large_half_precision_rows_do_not_overflow() -> None:
 @pytest.mark.parametrize("shape", [(0, 6), (1, 6), (6,), (2, 0, 6)])
 def test_no_row_and_one(shape: tuple[int, ...]) -> None:
     check_rms_norm([normal(*shape), normal(6), normal(*shape)], numerical=False)
+    tensors = [normal(*shape), normal(6), normal(6), normal(*shape)]
+    check_layer_norm(tensors, bias=True, with_residual=True, numerical=False)
 
 
 def test_layout_does_not_matter() -> None:

@@ -15,7 +15,7 @@ from lora.fast.mlp import lora_mlp
 from lora.fast.modes import for_inference, for_training
 from lora.fast.multi_lora import multi_lora_linear
 from lora.fast.nf4 import nf4_dequantize, nf4_quantize
-from lora.fast.norm import rms_norm
+from lora.fast.norm import layer_norm, rms_norm
 from lora.fast.qkv import lora_qkv
 from lora.fast.quantize import quantize
 from lora.fast.rope import rope
@@ -28,6 +28,7 @@ __all__ = [
     "for_inference",
     "for_training",
     "inject",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_embedding",
     "lora_linear",

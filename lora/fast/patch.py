@@ -3,6 +3,7 @@
     attention   q, k and v are computed together when the first of them is called; RoPE is one function for q and k
     MLP         gate, up, activation and down are one function
     norms       RMSNorm is one function
+    layers      where a norm follows the sum with the residual, the sum and the norm are one function
     loss        with labels, in training, the logits are never formed
 
 Known families are told by the class names of their modules. Anything else keeps its own forward, and its adapted
@@ -11,17 +12,19 @@ layers are still fused one by one. Everything goes through `lora.ops`, so a fuse
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora import dispatch
-from lora.fast.linear import rows_of_one
+from lora.fast.operands import rows_of_one
 from lora.layers import AdapterLayer, LoRALinear, Update
 from lora.nf4_layer import NF4Linear
 from lora.projection import Dropout, Projection
@@ -42,6 +45,23 @@ ACTIVATIONS = {  # class of the model's activation -> the name our MLP knows it 
     "GELUActivation": "gelu",
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
+}
+
+
+class Layer(NamedTuple):
+    """How a decoder layer goes on after its attention: which of its modules are called, in this order."""
+
+    after_attention: str | None  # on the attention's output, before it is added to the residual
+    norm: str  # on the sum
+    after_mlp: str | None  # on the MLP's output, before it is added
+
+
+LLAMA_LAYER = Layer(None, "post_attention_layernorm", None)
+GEMMA_LAYER = Layer("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+LAYERS = {f"{family}DecoderLayer": LLAMA_LAYER for family in LLAMA_LIKE if family != "Olmo2"} | {
+    "Phi3DecoderLayer": Layer("resid_attn_dropout", "post_attention_layernorm", "resid_mlp_dropout"),
+    "Gemma2DecoderLayer": GEMMA_LAYER,
+    "Gemma3DecoderLayer": GEMMA_LAYER,
 }
 
 
@@ -81,6 +101,12 @@ def patch_model(model: nn.Module) -> Fusion:
         elif kind in CAUSAL_LMS:
             patch(fusion, module, causal_lm_forward, {})
             fusion.notes[path] = "loss without logits, in training with labels"
+    for path, module in list(model.named_modules()):  # now that their norms are patched
+        known = type(module).__module__.startswith("transformers.models.") and "forward" not in vars(module)
+        if known and type(module).__name__ in LAYERS:
+            patch_layer(fusion, path, module)
+        elif known and type(module).__name__ == "Olmo2DecoderLayer":
+            fusion.notes[path] = "its own: the norms come before the sums, so there is nothing to fuse"
     return fusion
 
 
@@ -222,14 +248,117 @@ def mlp_dropout(drops: Sequence[Dropout | None]) -> Dropout | None:
     return above
 
 
-# ---- norms and loss
+# ---- norms, and the sums before them
 
 
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """RMSNorm through `lora.ops`."""
-    eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-    y: Tensor = dispatch.ops.rms_norm(hidden_states, self.weight, eps=eps, **self.fused_options)
+    y: Tensor = dispatch.ops.rms_norm(hidden_states, self.weight, **norm_options(self))
     return y
+
+
+def norm_options(norm: Any) -> dict[str, Any]:
+    """What our RMSNorm is told about a patched norm, besides its weight."""
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return {"eps": eps, **norm.fused_options}
+
+
+def norm_of_sum(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x + residual) and x + residual: in one pass where the norm's forward is ours and nothing watches it."""
+    if not is_patched_norm(norm) or hooked(norm) or x.dtype != residual.dtype:  # autocast mixes dtypes
+        total = residual + x
+        return norm(total), total
+    y, total = dispatch.ops.rms_norm(x, norm.weight, residual=residual, **norm_options(norm))
+    return y, total
+
+
+def is_patched_norm(norm: Any) -> bool:
+    """Whether this very module runs `norm_forward`: not if it was replaced, or given another forward since."""
+    return getattr(vars(norm).get("forward"), "__func__", None) is norm_forward
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: its own hooks, or those on all modules."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or _has_any_global_hook()
+
+
+def patch_layer(fusion: Fusion, path: str, module: Any) -> None:
+    """The sum after the attention, and the norm after that sum."""
+    layer = LAYERS[type(module).__name__]
+    norm = getattr(module, layer.norm, None)
+    code = inspect.unwrap(type(module).forward).__code__
+    parts = ("input_layernorm", "self_attn", layer.after_attention, layer.norm, "mlp", layer.after_mlp)
+    used = [name for name in code.co_names if name != "residual_multiplier"]  # in the order of their first use
+    if used != [name for name in parts if name] or around(type(module).forward, layer_forward) is None:
+        fusion.notes[path] = "left as it is: a decoder layer of another shape"
+    elif not is_patched_norm(norm):
+        fusion.notes[path] = f"left as it is: its {layer.norm} is a {type(norm).__name__}"
+    else:
+        patch(fusion, module, wrapped_layer_forward, {"layer": layer})
+        fusion.notes[path] = f"attention's residual sum and {layer.norm} in one pass"
+
+
+def wrapped_layer_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The class's forward, with what transformers wraps around it (checkpointing), and `layer_forward` inside."""
+    forward = type(self).forward  # now, not when it was patched: FSDP2 gives modules a class of their own
+    output: Tensor = (around(forward, layer_forward) or forward)(self, *args, **kwargs)
+    return output
+
+
+@functools.cache
+def around(function: Any, inner: Callable[..., Any]) -> Callable[..., Any] | None:
+    """`function` with `inner` in place of what it wraps innermost: the same code, one name it closes over rebound.
+
+    None where a wrapper does not hold what it wraps in its closure. A function that wraps nothing gives `inner`.
+    """
+    wrapped = getattr(function, "__wrapped__", None)
+    if wrapped is None:
+        return inner
+    cells, inside = function.__closure__ or (), around(wrapped, inner)
+    if inside is None or not any(cell.cell_contents is wrapped for cell in cells):
+        return None
+    closure = tuple(types.CellType(inside) if cell.cell_contents is wrapped else cell for cell in cells)
+    other = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    other.__kwdefaults__ = function.__kwdefaults__
+    return other
+
+
+def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """A decoder layer: x + attention, normalised in the same pass, and then the MLP, added too.
+
+    Takes what the class's own forward takes. Its attention is called with all of that by name, as every known layer
+    calls it. The last sum stays alone: the norm after it belongs to another module.
+    """
+    layer: Layer = self.fused_options["layer"]
+    given = signature_of(inspect.unwrap(type(self).forward)).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    extra, residual = given.arguments.pop("kwargs", {}), given.arguments.pop("hidden_states")
+    del given.arguments["self"]
+    x, _ = self.self_attn(hidden_states=self.input_layernorm(residual), **given.arguments, **extra)
+    x = added_part(self, layer.after_attention, x)
+    x, residual = norm_of_sum(getattr(self, layer.norm), x, residual)
+    return residual + added_part(self, layer.after_mlp, self.mlp(x))
+
+
+def added_part(layer: Any, name: str | None, x: Tensor) -> Tensor:
+    """What a layer adds to the residual, given an attention's or MLP's output: through a norm (Gemma), dropout (Phi-3)
+    or times a constant (Granite)."""
+    if name is not None:
+        x = getattr(layer, name)(x)
+    multiplier = getattr(layer, "residual_multiplier", None)
+    return x if multiplier is None else x * multiplier
+
+
+@functools.cache
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """inspect.signature, once a function."""
+    return inspect.signature(function)
+
+
+# ---- loss
 
 
 def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

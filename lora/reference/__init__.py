@@ -15,7 +15,7 @@ from lora.reference.mlp import lora_mlp
 from lora.reference.modes import for_inference, for_training
 from lora.reference.multi_lora import multi_lora_linear
 from lora.reference.nf4 import nf4_dequantize, nf4_quantize
-from lora.reference.norm import rms_norm
+from lora.reference.norm import layer_norm, rms_norm
 from lora.reference.qkv import lora_qkv
 from lora.reference.quantize import quantize
 from lora.reference.rope import rope
@@ -28,6 +28,7 @@ __all__ = [
     "for_inference",
     "for_training",
     "inject",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_embedding",
     "lora_linear",

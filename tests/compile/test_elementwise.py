@@ -16,9 +16,9 @@ CEILINGS = {
     "gated_forward": 40,
     "gated_backward": 48,
     "norm_forward": 56,
-    "norm_forward_looped": 48,
+    "norm_forward_looped": 64,  # LayerNorm with a residual, in float32; 48 without a mean
     "norm_backward": 128,
-    "norm_backward_looped": 64,
+    "norm_backward_looped": 80,  # LayerNorm in float32; 64 without a mean
     "norm_weight_gradient": 64,
     "sum_partial": 48,
     "rope": 80,

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lora.fast as fast
 from lora.errors import LoRAError
 from lora.fast.kernels import norm as kernels
 from lora.fast.kernels.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
+from lora.fast.runtime import runs_triton
 from lora.reference.norm import layer_norm, rms_norm, standardise
 from lora.reference.norm import layer_norm_backward as reference_layer_norm_backward
 from lora.reference.norm import rms_norm_backward as reference_rms_norm_backward
@@ -144,12 +146,28 @@ def test_rms_norm_is_the_reference(
         check_rms_backward(dy, s, weight, rstd, dsum if with_residual else None, options, roundoff)
 
 
-def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, eps: float, u: Roundoff) -> None:
+def check_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dy: Tensor,
+    eps: float,
+    u: Roundoff,
+    sums: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """y, s and every gradient are right; `sums` are the residual and dsum."""
     dtype, features = x.dtype, x.shape[-1]
-    y, mean, rstd = layer_norm_forward(x, weight, bias, eps=eps)
-    dx, dweight, dbias = layer_norm_backward(dy, x, weight, mean, rstd, bias=bias)
-    assert y.dtype == dx.dtype == dtype and dweight is not None and (dbias is None) == (bias is None)
-    x64, w64, dy64 = doubles(x, weight, dy)
+    residual, dsum = sums or (None, None)
+    y, s, mean, rstd = layer_norm_forward(x, weight, bias, eps=eps, residual=residual)
+    dx, dweight, dbias = layer_norm_backward(dy, s, weight, mean, rstd, bias=bias, dsum=dsum)
+    assert y.dtype == s.dtype == dx.dtype == dtype and dweight is not None and (dbias is None) == (bias is None)
+    if residual is None:
+        assert s is x
+    else:
+        total = sum(doubles(x, residual))
+        assert_within(s.cpu(), total, u(dtype) * total.abs() + tiny(dtype), "s")
+    x64, w64, dy64 = doubles(s, weight, dy)
+    dsum64 = torch.zeros_like(x64) if dsum is None else doubles(dsum)[0]
     b64 = None if bias is None else doubles(bias)[0]
     normed, rho = standardise(x64, eps)
     level = rho * x64.abs().mean(-1, keepdim=True)  # an error of the mean is relative to this, and moves x̂ and ρ
@@ -159,9 +177,9 @@ def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor,
     y64 = layer_norm(x64, w64, b64, eps=eps)
     of_bias = 0 if b64 is None else b64.abs()
     assert_within(y.cpu(), y64, u(dtype) * y64.abs() + small * (size * w64.abs() + of_bias) + tiny(dtype), "y")
-    truth = reference_layer_norm_backward(dy64, x64, w64, b64, eps=eps)
+    truth = reference_layer_norm_backward(dy64, x64, w64, b64, eps=eps, residual=torch.zeros_like(x64), dsum=dsum64)
     e = (dy64 * w64).abs()
-    of_dx = rho * (e + e.mean(-1, keepdim=True) + size * (e * size).mean(-1, keepdim=True)) * (1 + level)
+    of_dx = rho * (e + e.mean(-1, keepdim=True) + size * (e * size).mean(-1, keepdim=True)) * (1 + level) + dsum64.abs()
     assert_within(dx.cpu(), truth.dx, u(dtype) * truth.dx.abs() + small * of_dx + tiny(dtype), "dx")
     small = arithmetic(dtype, features + len(rstd))
     for name, found, exact, sizes in (
@@ -178,8 +196,9 @@ def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor,
     leading=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     features=st.integers(2, 70),
     dtype=st.sampled_from(DTYPES),
-    layouts=st.lists(st.sampled_from(["plain", "slice", "transposed"]), min_size=2, max_size=2),
+    layouts=st.lists(st.sampled_from(["plain", "slice", "transposed"]), min_size=4, max_size=4),
     with_bias=st.booleans(),
+    with_residual=st.booleans(),
     looped=st.booleans(),
     shift=st.sampled_from([0.0, 3.0]),
     seed=st.integers(0, 2**31),
@@ -190,6 +209,7 @@ def test_layer_norm_is_the_reference(
     dtype: torch.dtype,
     layouts: list[str],
     with_bias: bool,
+    with_residual: bool,
     looped: bool,
     shift: float,
     seed: int,
@@ -198,13 +218,16 @@ def test_layer_norm_is_the_reference(
 ) -> None:
     torch.manual_seed(seed)
     x = laid_out((normal(*leading, features) + shift).to(dtype), layouts[0], device)
-    dy = laid_out(normal(*leading, features, dtype=dtype), layouts[1], device)
+    dy, residual, dsum = (laid_out(normal(*leading, features, dtype=dtype), layout, device) for layout in layouts[1:])
     weight, bias = normal(features, dtype=dtype).to(device), normal(features, dtype=dtype).to(device)
+    sums = (residual, dsum) if with_residual else None
     with walking(looped):
-        check_layer_norm(x, weight, bias if with_bias else None, dy, 0.01, roundoff)
+        check_layer_norm(x, weight, bias if with_bias else None, dy, 0.01, roundoff, sums)
 
 
-@pytest.mark.parametrize(("rows", "features"), [(700, 5), (5, 3000), (3, kernels.MAX_FEATURES + 37)])
+@pytest.mark.parametrize(
+    ("rows", "features"), [(700, 5), (5, 3000), (3, kernels.MAX_FEATURES // 2 + 5), (3, kernels.MAX_FEATURES + 37)]
+)
 def test_many_tiles_and_long_rows(rows: int, features: int, device: str, roundoff: Roundoff) -> None:
     """More tiles than programs in the sums over rows, and the sizes at which the kernels change."""
     x, residual, dy, dsum = (normal(rows, features, dtype=torch.float32).to(device) for _ in range(4))
@@ -213,6 +236,7 @@ def test_many_tiles_and_long_rows(rows: int, features: int, device: str, roundof
     s, rstd = check_rms_forward(x, residual, weight, options, roundoff)
     check_rms_backward(dy, s, weight, rstd, dsum, options, roundoff)
     check_layer_norm(x, weight, bias, dy, 1e-5, roundoff)
+    check_layer_norm(x, weight, bias, dy, 1e-5, roundoff, (residual, dsum))
 
 
 def test_programs_share_the_tiles_of_a_sum() -> None:
@@ -297,11 +321,57 @@ def test_in_place(looped: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("looped", [True, False])
+def test_layer_norm_in_place(looped: bool, device: str) -> None:
+    x, residual, dy, dsum = (normal(9, 40, dtype=torch.float32).to(device) for _ in range(4))
+    weight, bias = (normal(40, dtype=torch.float32).to(device) for _ in range(2))
+    with walking(looped):
+        expected = layer_norm_forward(x, weight, bias, eps=0.1, residual=residual)
+        _, s, mean, rstd = expected
+        gradients = layer_norm_backward(dy, s, weight, mean, rstd, bias=bias, dsum=dsum)
+        for place in (0, 1):
+            copies = [x.clone(), residual.clone()]
+            found = layer_norm_forward(copies[0], weight, bias, eps=0.1, residual=copies[1], out=copies[place])
+            assert found[0] is copies[place]
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        for place in (0, 1, 2):
+            copies = [dy.clone(), s.clone(), dsum.clone()]
+            again = layer_norm_backward(*copies[:2], weight, mean, rstd, bias=bias, dsum=copies[2], out=copies[place])
+            assert again[0] is copies[place]
+            assert all(torch.equal(*pair) for pair in zip(again, gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_the_operation_runs_these_kernels(with_residual: bool, dtype: torch.dtype, device: str) -> None:
+    """Bit for bit, whichever gradients are asked for."""
+    x, residual, dy, dsum = (normal(2, 3, 20, dtype=dtype).to(device) for _ in range(4))
+    weight, bias = (normal(20, dtype=dtype).to(device) for _ in range(2))
+    assert runs_triton(x)
+    added = residual if with_residual else None
+    expected, s, mean, rstd = layer_norm_forward(x, weight, bias, eps=0.1, residual=added)
+    dx, dweight, dbias = layer_norm_backward(dy, s, weight, mean, rstd, bias=bias, dsum=dsum if with_residual else None)
+    named = {"x": (x, dx), "weight": (weight, dweight), "bias": (bias, dbias)}
+    named |= {"residual": (residual, dx)} if with_residual else {}
+    for wanted in (*([name] for name in named), list(named)):
+        leaves = {name: x.clone().requires_grad_(name in wanted) for name, (x, _) in named.items()}
+        found = fast.layer_norm(**leaves, eps=0.1)
+        if with_residual:
+            assert torch.equal(found[0], expected) and torch.equal(found[1], s)
+            gradients = torch.autograd.grad(found, [leaves[name] for name in wanted], (dy, dsum))
+        else:
+            assert torch.equal(found, expected)
+            gradients = torch.autograd.grad(found, [leaves[name] for name in wanted], dy)
+        for name, gradient in zip(wanted, gradients, strict=True):
+            truth = named[name][1]
+            assert truth is not None and torch.equal(gradient, truth), name
+
+
+@pytest.mark.parametrize("looped", [True, False])
 def test_results_go_into_a_slice_and_nowhere_else(looped: bool, device: str) -> None:
     x, weight = normal(9, 40).to(device), normal(40).to(device)
     wide = torch.full((2, 9, 50), float("nan"), dtype=torch.float64, device=device)
     with walking(looped):
-        y, mean, rstd = layer_norm_forward(x, weight, eps=0.1, out=wide[0, :, 4:44])
+        y, _, mean, rstd = layer_norm_forward(x, weight, eps=0.1, out=wide[0, :, 4:44])
         dx, dweight, dbias = layer_norm_backward(x, x, weight, mean, rstd, out=wide[1, :, 4:44], need_dweight=False)
         expected = layer_norm_forward(x, weight, eps=0.1)[0], layer_norm_backward(x, x, weight, mean, rstd)[0]
     assert dweight is None and dbias is None
@@ -325,7 +395,7 @@ def test_any_rank_and_no_row(shape: tuple[int, ...], device: str) -> None:
     torch.testing.assert_close(dx.cpu(), truth.dx, **close)
     assert dweight is not None
     torch.testing.assert_close(dweight.cpu(), truth.dweight, **close)
-    y, mean, rstd = layer_norm_forward(x, weight, bias, eps=0.1)
+    y, _, mean, rstd = layer_norm_forward(x, weight, bias, eps=0.1)
     of_layer_norm = layer_norm_backward(dy, x, weight, mean, rstd, bias=bias)
     torch.testing.assert_close(y.cpu(), layer_norm(*doubles(x, weight, bias), eps=0.1), **close)
     truth = reference_layer_norm_backward(*doubles(dy, x, weight, bias), eps=0.1)

@@ -4,14 +4,15 @@
     e = (offset + w) ⊙ dy   dx = ρ (e - mean(e) - x̂ mean(e ⊙ x̂)) + dsum
     dw = Σ_rows dy ⊙ x̂      db = Σ_rows dy
 
-RMSNorm has no μ, mean(e) or b; LayerNorm (CENTRED) no residual and no offset. `lora.reference.norm` derives both.
+RMSNorm has no μ, mean(e) or b; LayerNorm (CENTRED) no offset. `lora.reference.norm` derives both.
 Statistics and arithmetic are float32 (float64 for float64), and roundings fall where the reference's do: s before it is
 normalised, x̂ before it is multiplied where `round_before_weight` says so.
 
 Two ways of walking through a row:
 
-- in registers, up to MAX_FEATURES: each operand is read once and each result written once. An element moves forward one
-  number in and one out (two and two with a residual), backward two in and one out (three and one with dsum).
+- in registers, up to MAX_FEATURES (half as far in a LayerNorm's backward with dsum, dw and db): each operand is read
+  once and each result written once. An element moves forward one number in and one out (two and two with a residual),
+  backward two in and one out (three and one with dsum).
 - looped, beyond: one pass for each statistic and one for the result; what was read before comes from the cache.
 
 A tile is one row, or several where rows are short (a head's q_norm), with 16 elements a thread. The weight's gradient
@@ -106,46 +107,58 @@ def rms_norm_backward(
 
 
 def layer_norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = w ⊙ (x - μ) / √(var(x) + ε) + b, rounded once.
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = w ⊙ (s - μ) / √(var(s) + ε) + b with s = x + residual; y is rounded once, and so is s.
 
     Args:
-        x: [..., features]; rows may be strided.
+        x, residual: [..., features]; rows may be strided.
         weight, bias: [features]; the bias may be absent.
-        out: [..., features], where to write y; rows may be strided. It may be x itself, which is then lost.
+        out: [..., features], where to write y; rows may be strided. It may be the residual itself, or x: without a
+            residual s is then lost.
 
-    Returns: y in x's dtype; μ and ρ, float32 [rows] (float64 for float64).
+    Returns: y in x's dtype; s in x's dtype (x itself without a residual); μ and ρ, float32 [rows] (float64 for
+        float64).
+    Raises: LoRAError for an `out` that cannot be written in place.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    mean, rstd = _forward(x, None, weight, bias, y, None, _Norm(True, eps=float(eps)))
+    s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = _forward(x, residual, weight, bias, y, s, _Norm(True, eps=float(eps)))
     assert mean is not None  # centred
-    return y, mean, rstd
+    return y, x if s is None else s, mean, rstd
 
 
 def layer_norm_backward(
     dy: Tensor,
-    x: Tensor,
+    s: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     *,
     bias: Tensor | None = None,
+    dsum: Tensor | None = None,
     need_dweight: bool = True,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx = ρ (e - mean(e) - x̂ mean(e ⊙ x̂)), with e = w ⊙ dy; dw = Σ_rows dy ⊙ x̂; db = Σ_rows dy.
+    """dx = ρ (e - mean(e) - x̂ mean(e ⊙ x̂)) + dsum, with e = w ⊙ dy; dw = Σ_rows dy ⊙ x̂; db = Σ_rows dy.
 
     Args:
-        dy, x: [..., features]; rows may be strided.
-        mean, rstd: as `layer_norm_forward` returned them.
+        dy: [..., features], the gradient with respect to y; rows may be strided, as those of s and dsum.
+        s, mean, rstd: as `layer_norm_forward` returned them.
         bias: [features], given where its gradient is wanted.
-        out: [..., features], where to write dx; rows may be strided. It may be dy or x itself.
+        dsum: [..., features], the gradient with respect to s, added to dx.
+        out: [..., features], where to write dx; rows may be strided. It may be dy, s or dsum itself.
 
-    Returns: dx in x's dtype, dw in the weight's, db in the bias's, None where they are not needed.
+    Returns: dx in s's dtype, dw in the weight's, db in the bias's, None where they are not needed.
     """
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    dweight, dbias = _backward(dy, x, weight, bias, mean, rstd, None, dx, need_dweight, _Norm(True))
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device) if out is None else out
+    dweight, dbias = _backward(dy, s, weight, bias, mean, rstd, dsum, dx, need_dweight, _Norm(True))
     return dx, dweight, dbias
 
 
@@ -206,13 +219,15 @@ def _backward(
     rows = _Rows(grouped(dy, inner), grouped(s, inner), mean, rstd, s.numel() // features, inner)
     dsum_rows = None if dsum is None else grouped(dsum, inner)
     dx_rows = output_rows(dx, s.shape, "out", inner)
+    everything = norm.centred and all(x is not None for x in (dsum, *wanted))  # spills beside a row of full length
+    looped = features > (MAX_FEATURES // 2 if everything else MAX_FEATURES)
     with torch.cuda.device(s.get_device()):
-        if features <= MAX_FEATURES:
+        if not looped:
             partials = _partials(rows, wanted, *block_of(features))
             _input_gradient(rows, weight, dsum_rows, dx_rows, partials, norm)
         else:
             partials = _column_sums(rows, wanted, norm)  # first: dx may be written over dy or s
-            _input_gradient(rows, weight, dsum_rows, dx_rows, (None, None), norm)
+            _input_gradient(rows, weight, dsum_rows, dx_rows, None, norm)
         dweight, dbias = (_summed(partial, like) for partial, like in zip(partials, wanted, strict=True))
     return dweight, dbias
 
@@ -232,18 +247,20 @@ Partials = tuple[Tensor | None, Tensor | None]  # of dw and db, [programs, featu
 
 
 def _input_gradient(
-    rows: _Rows, weight: Tensor, dsum: Tensor | None, dx: Tensor, partials: Partials, norm: _Norm
+    rows: _Rows, weight: Tensor, dsum: Tensor | None, dx: Tensor, partials: Partials | None, norm: _Norm
 ) -> None:
-    """Fills dx, and each program's row of the partial sums; without them there is a program for every tile."""
+    """Fills dx, and each program's row of the partial sums; without them there is a program for every tile.
+
+    `partials` is None where rows are looped: the sums have a kernel of their own.
+    """
     dy, s, mean, rstd, M, inner = rows
     features = s.shape[-1]
-    block, num_warps = block_of(features)
-    in_registers = features <= MAX_FEATURES
-    present = [partial for partial in partials if partial is not None]
+    block, num_warps = block_of(features, looped=partials is None)
+    present = [partial for partial in partials or () if partial is not None]
     programs = present[0].shape[0] if present else triton.cdiv(M, block["BLOCK_M"])
-    kernel = norm_backward_kernel if in_registers else norm_backward_looped_kernel
+    kernel = norm_backward_looped_kernel if partials is None else norm_backward_kernel
     kernel[(programs,)](
-        dy, s, weight.contiguous(), mean, rstd, dsum, dx, *(partials if in_registers else ()), M, features, inner,
+        dy, s, weight.contiguous(), mean, rstd, dsum, dx, *(partials or ()), M, features, inner,
         *row_strides(dy), *row_strides(s), *row_strides(dsum), *row_strides(dx), CENTRED=norm.centred,
         OFFSET=norm.offset, WIDE=wide_type(s), **block, num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
@@ -289,9 +306,9 @@ def _summed(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
     return total
 
 
-def block_of(features: int) -> tuple[dict[str, int], int]:
+def block_of(features: int, looped: bool = False) -> tuple[dict[str, int], int]:
     """The tile of rows, or the block of a longer row, and the warps: 16 elements a thread."""
-    if features > MAX_FEATURES:
+    if looped or features > MAX_FEATURES:
         return {"BLOCK_M": 1, "BLOCK_N": LOOP_BLOCK}, 8
     block = triton.next_power_of_2(features)
     return {"BLOCK_M": max(1, TILE // block), "BLOCK_N": block}, min(16, max(4, block // 512))
@@ -349,7 +366,8 @@ def compile_specs() -> list[KernelSpec]:
     bfloat16, float32 = torch.bfloat16, torch.float32
     llama, gemma, layer = _Norm(False, 0.0, True, 1e-5), _Norm(False, 1.0, False, 1e-6), _Norm(True, eps=1e-5)
     forward, backward = norm_forward_kernel, norm_backward_kernel
-    everything = ("bias", "mean", "dweight", "dbias")
+    everything = ("residual", "s", "bias", "mean", "dsum", "dweight", "dbias")
+    without_sum = ("bias", "mean", "dweight", "dbias")
     longer = 4 * MAX_FEATURES
     return [
         _spec("llama", forward, 4096, bfloat16, llama, ("residual", "s")),
@@ -363,8 +381,10 @@ def compile_specs() -> list[KernelSpec]:
         _spec("llama trained", backward, 4096, bfloat16, llama, ("dsum", "dweight")),
         _spec("gemma trained", backward, 4096, float32, gemma, ("dsum", "dweight")),
         _spec("q_norm trained", backward, 128, bfloat16, llama, ("dweight",)),
-        _spec("layer norm trained", backward, MAX_FEATURES, float32, layer, everything),
+        _spec("layer norm trained", backward, MAX_FEATURES, float32, layer, without_sum),
+        _spec("layer norm trained", backward, MAX_FEATURES // 2, float32, layer, everything),
         _spec("llama", norm_backward_looped_kernel, longer, bfloat16, llama, ("dsum",)),
+        _spec("layer norm", norm_backward_looped_kernel, longer, float32, layer, everything),
         _spec("layer norm", norm_weight_gradient_kernel, longer, bfloat16, layer, everything),
         _sum_spec(4096, bfloat16),
     ]
