@@ -347,3 +347,43 @@ def test_callers_tensors_are_theirs():
     fast.lora_linear(x, p, dropout=Dropout(0.3, 1)).backward(dy)
     after = [x, *(t for t in p if isinstance(t, Tensor))]
     assert torch.equal(dy, kept) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("operation", ["lora_linear", "lora_mlp", "lora_embedding", "linear_cross_entropy", "rms_norm"])
+@pytest.mark.parametrize("inside", [True, False], ids=["backward under autocast", "backward outside"])
+def test_autocast_casts_what_the_reference_casts(operation, inside):
+    """A float32 model under autocast to bfloat16, as trainers run it: as near to float32 as the reference is."""
+    narrow = torch.finfo(torch.bfloat16).eps
+
+    def single(*shape: int) -> Tensor:
+        return torch.randn(*shape)
+
+    def layer(out: int, fan_in: int) -> Projection:
+        factors = (single(4, fan_in) / 5).requires_grad_(), single(out, 4).requires_grad_()
+        return Projection(single(out, fan_in) / 5, single(out), *factors, 1.7)
+
+    x = single(7, 24).requires_grad_()
+    mlp = (layer(40, 24), layer(40, 24), layer(24, 40))
+    table = Projection(single(11, 24), None, single(3, 11).requires_grad_(), single(24, 3).requires_grad_(), 0.5)
+    arguments: dict[str, tuple[Any, dict[str, Any]]] = {
+        "lora_linear": ((x, layer(16, 24)), {}),
+        "lora_mlp": ((x, *mlp), {"activation": "silu"}),
+        "lora_embedding": ((torch.randint(11, (7,)), table), {}),
+        "linear_cross_entropy": ((x, layer(30, 24), torch.randint(30, (7,))), {}),
+        "rms_norm": ((x, single(24).requires_grad_()), {}),
+    }
+    positional, options = arguments[operation]
+    wanted = leaves(*positional)
+
+    def run(backend: Any, autocast: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = getattr(backend, operation)(*positional, **options)
+            if inside:
+                return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
+        return [y, *torch.autograd.grad(y.float().square().sum(), wanted)]
+
+    for exact, expected, found in zip(run(reference, False), run(reference, True), run(fast, True), strict=True):
+        assert found.dtype == expected.dtype or operation in ("rms_norm", "linear_cross_entropy")
+        scale = float(exact.detach().abs().max())
+        reference_error = float((expected - exact).detach().abs().max())
+        assert float((found - exact).detach().abs().max()) <= 2 * reference_error + 4 * narrow * scale

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora.fast.dora import dora_norm
+from lora.fast.runtime import FusedFunction
 from lora.projection import Projection
 from lora.reference.embedding import check_ids, table_of
 
@@ -33,7 +34,7 @@ def lora_embedding(ids: Tensor, projection: Projection, *, padding_idx: int | No
     )
 
 
-class LoRAEmbeddingFunction(torch.autograd.Function):
+class LoRAEmbeddingFunction(FusedFunction):
     """Forward and backward on ids flattened to [tokens]."""
 
     @staticmethod

@@ -35,6 +35,7 @@ from lora.fast.operands import (
     TENSORS,
     Factors,
     Part,
+    as_autocast,
     as_rows,
     back_through,
     buffers,
@@ -45,6 +46,7 @@ from lora.fast.operands import (
     pieces,
     unpacked,
 )
+from lora.fast.runtime import FusedFunction
 from lora.projection import Dropout, Projection
 
 
@@ -59,6 +61,7 @@ def lora_linear(x: Tensor, projection: Projection, *, dropout: Dropout | None = 
 
 def project_group(x: Tensor, projections: Sequence[Projection], dropout: Dropout | None) -> tuple[Tensor, ...]:
     """The outputs of several projections of one x, [..., out_i] each."""
+    x, projections = as_autocast(x, projections)
     static, tensors = unpacked(projections)
     return LoRAGroup.apply(x, static, dropout, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -73,7 +76,7 @@ class Kept:
     adapted: tuple[Tensor | None, ...] = ()  # what g multiplies, [tokens, out], where m trains
 
 
-class LoRAGroup(torch.autograd.Function):
+class LoRAGroup(FusedFunction):
     """The forward and backward of a group of projections of one x."""
 
     @staticmethod

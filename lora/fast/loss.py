@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lora.fast.dropout import KeepRows, dropout_mask
 from lora.fast.linear import backward_group, forward_group
-from lora.fast.operands import Part, as_rows, packed, unpacked
-from lora.fast.runtime import runs_triton
+from lora.fast.operands import Part, as_autocast, as_rows, packed, unpacked
+from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
 from lora.reference.loss import Reduction, Targets, as_projection, check_options, read_labels
@@ -50,7 +50,8 @@ def linear_cross_entropy(
     head = as_projection(head)
     check_options(reduction, num_items, softcap, label_smoothing)
     targets = read_labels(labels, hidden, head, ignore_index, reduction, num_items)
-    static, tensors = unpacked([head])
+    hidden, heads = as_autocast(hidden, [head])
+    static, tensors = unpacked(heads)
     options = Options(softcap, logit_scale, label_smoothing, reduction == "none")
     losses: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, targets, options, static, dropout, *tensors
@@ -75,7 +76,7 @@ class Results(NamedTuple):
     tensors: list[Tensor | None]  # of weight, bias, lora_A, lora_B, magnitude
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(FusedFunction):
     """Losses and gradients chunk by chunk; returns a scalar, or [tokens] for reduction="none"."""
 
     @staticmethod

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora.fast.checkpoint import product_is_wanted
 from lora.fast.linear import Kept, backward_group, forward_group, saved_by
-from lora.fast.operands import TENSORS, as_rows, packed, unpacked
-from lora.fast.runtime import runs_triton
+from lora.fast.operands import TENSORS, as_autocast, as_rows, packed, unpacked
+from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.mlp import check_activation, hidden_dropout
 
@@ -32,11 +32,12 @@ def lora_mlp(
     numbers.
     """
     check_activation(activation)
-    static, tensors = unpacked([gate, up, down])
+    x, projections = as_autocast(x, [gate, up, down])
+    static, tensors = unpacked(projections)
     return LoRAMLP.apply(x, static, activation, dropout, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class LoRAMLP(torch.autograd.Function):
+class LoRAMLP(FusedFunction):
     """Forward and backward of the MLP; tensors 0 to 9 belong to gate and up, 10 to 14 to down."""
 
     @staticmethod

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.fast.operands import as_rows, dense_of, packed, unpacked
-from lora.fast.runtime import runs_triton
+from lora.fast.operands import as_autocast, as_rows, dense_of, packed, unpacked
+from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Projection
 from lora.reference.multi_lora import check_adapters
 
@@ -28,13 +28,14 @@ def multi_lora_linear(
     FLOPs: 2·tokens·(in·out + r·(in + out)). Saved for backward: x and s·xAᵀ, tokens·(in + r) numbers.
     """
     check_adapters(x, base, lora_A, lora_B, scaling, index)
-    static, tensors = unpacked([base._replace(lora_A=None, lora_B=None)])
+    x, (base,) = as_autocast(x, [base._replace(lora_A=None, lora_B=None)])
+    static, tensors = unpacked([base])
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
     groups: Any = (KernelGroups if runs_triton(x) else SlicedGroups).of(index, len(lora_A), tokens)
     return MultiLoRA.apply(x, static, lora_A, lora_B, scaling, groups, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class MultiLoRA(torch.autograd.Function):
+class MultiLoRA(FusedFunction):
     """Forward and backward; `groups` knows which tokens are whose."""
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.fast.operands import as_rows
-from lora.fast.runtime import runs_triton
+from lora.fast.runtime import FusedFunction, runs_triton
 
 
 @overload
@@ -57,7 +57,7 @@ def rms_norm(
     return y if residual is None else (y, s)
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNorm(FusedFunction):
     """Forward and backward; returns (y, s), s = x + residual, or (y, None)."""
 
     @staticmethod
@@ -145,7 +145,7 @@ def layer_norm(
     return y if residual is None else (y, s)
 
 
-class LayerNorm(torch.autograd.Function):
+class LayerNorm(FusedFunction):
     """Forward and backward; returns (y, s), s = x + residual, or (y, None)."""
 
     @staticmethod

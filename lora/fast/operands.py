@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora.fast.nf4 import decode_into, workspace
+from lora.fast.runtime import autocast_type
 from lora.projection import NF4Weight, Projection
 
 TENSORS = 5  # of a projection that autograd sees: weight, bias, lora_A, lora_B, magnitude
@@ -61,6 +62,20 @@ def packed(static: Sequence[Static], tensors: Sequence[Tensor | None]) -> list[P
     return [
         Part(*tensors[TENSORS * i : TENSORS * (i + 1)], *rest)  # type: ignore[arg-type, call-arg]
         for i, rest in enumerate(static)
+    ]
+
+
+def as_autocast(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Sequence[Projection]]:
+    """x, and the dense weights and biases it meets, in the type that autocast multiplies in; themselves without it."""
+    dtype = autocast_type(x)
+    if dtype is None:
+        return x, projections
+    return x.to(dtype), [
+        p._replace(
+            weight=p.weight.to(dtype) if isinstance(p.weight, Tensor) else p.weight,
+            bias=None if p.bias is None else p.bias.to(dtype),
+        )
+        for p in projections
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.fast.runtime import runs_triton
+from lora.fast.runtime import FusedFunction, runs_triton
 from lora.reference.rope import per_token
 
 
@@ -25,7 +25,7 @@ def rope(
     return Rope.apply(q, k, cos, sin, interleaved)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class Rope(torch.autograd.Function):
+class Rope(FusedFunction):
     """Forward and backward for q and k together."""
 
     @staticmethod

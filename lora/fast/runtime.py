@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from lora.errors import UnsupportedError
 
 GPU_TYPES = ("cuda",)  # ROCm devices call themselves cuda too
+AUTOCAST_TYPES = ("cpu", *GPU_TYPES)
 
 
 @functools.cache
@@ -43,3 +47,39 @@ def runs_triton(x: Tensor) -> bool:
     if x.dtype == torch.float64:  # kernels compute in float32
         return False
     return x.device.type in GPU_TYPES or (interpreting() and x.device.type == "cpu" and triton_installed())
+
+
+class FusedFunction(torch.autograd.Function):
+    """An autograd function that autocast leaves alone: its inputs have the types they should have already.
+
+    Without this, autocast would cast some of the products inside and not those that write in place.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.forward = staticmethod(without_autocast(cls.forward))  # type: ignore[method-assign]
+        cls.backward = staticmethod(without_autocast(cls.backward))  # type: ignore[method-assign]
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with autocast off while it runs."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        on = [kind for kind in AUTOCAST_TYPES if torch.is_autocast_enabled(kind)]
+        if not on:
+            return function(*arguments)
+        with ExitStack() as stack:
+            for kind in on:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*arguments)
+
+    return run
+
+
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """What autocast would multiply x in; None where it is off, or x is no number that it casts."""
+    kind = x.device.type
+    if kind not in AUTOCAST_TYPES or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.is_floating_point() and x.dtype != torch.float64 else None
