@@ -11,7 +11,6 @@ checkpoint recomputes on autograd's own threads, and must find the same backend 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -205,9 +204,19 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-@functools.cache
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"lora.{name}")
+    """A backend, imported when it is first asked for; statements, because torch.compile can follow those."""
+    if name == "reference":
+        from lora import reference
+
+        return reference
+    if name == "fast":
+        from lora import fast
+
+        return fast
+    from lora.fast import support
+
+    return support
 
 
 def _checked(name: str, source: str) -> str:

@@ -168,7 +168,7 @@ def rescale_(
     gain = (part.magnitude / norm).to(rows.dtype)
     if dropped is rows:  # D is the identity, so h = g ⊙ z, and one wide product is enough
         z = torch.addmm(h, u, B.T, alpha=part.scaling)
-        torch.mul(z, gain, out=h)
+        h.copy_(z * gain)
         return gain, norm, z
     z = torch.mm(dropped, dense.T)
     h.sub_(z)

@@ -106,7 +106,7 @@ def gated_backward(dh: Tensor, g: Tensor, z: Tensor, activation: str) -> tuple[T
     wide = torch.promote_types(g.dtype, torch.float32)
     g_wide = g.to(wide)
     act, slope = activation_and_slope(g_wide, activation)
-    torch.mul(dh, act.to(dh.dtype), out=dz)
+    dz.copy_(act.to(dh.dtype).mul_(dh))
     dg.copy_(slope.mul_(z).mul_(dh))
     return dg, dz
 

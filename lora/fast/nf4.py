@@ -68,7 +68,12 @@ def decode_into(quantised: NF4Weight, out: Tensor) -> None:
 
 
 def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`count` numbers of scratch memory, the same ones for every call on this device and stream."""
+    """`count` numbers of scratch memory, the same ones for every call on this device and stream.
+
+    In a compiled graph they are new ones: there the compiler plans memory, and reuses it itself.
+    """
+    if torch.compiler.is_compiling():
+        return torch.empty(count, dtype=dtype, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
     key = (device, dtype, stream)
     if key not in _workspaces or _workspaces[key].numel() < count:

@@ -53,17 +53,17 @@ def rms_norm(
 
     FLOPs: about 4 an element. Saved for backward: s, and 4 bytes a row.
     """
-    y, s = RMSNorm.apply(x, weight, residual, eps, offset, round_before_weight)  # type: ignore[no-untyped-call]
-    return y if residual is None else (y, s)
+    outputs = RMSNorm.apply(x, weight, residual, eps, offset, round_before_weight)  # type: ignore[no-untyped-call]
+    return outputs[0] if residual is None else outputs  # type: ignore[no-any-return]
 
 
 class RMSNorm(FusedFunction):
-    """Forward and backward; returns (y, s), s = x + residual, or (y, None)."""
+    """Forward and backward; returns (y, s), s = x + residual, or (y,)."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float, rounds: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         rows = as_rows(x)
         if runs_triton(rows):
             from lora.fast.kernels import norm as kernels
@@ -84,10 +84,10 @@ class RMSNorm(FusedFunction):
                 y = normed.mul_(weight.to(wide.dtype) + offset).to(s.dtype)
         ctx.save_for_backward(s, weight, rho)
         ctx.offset, ctx.shape, ctx.sums = offset, x.shape, residual is not None
-        return y.view(x.shape), s.view(x.shape) if residual is not None else None
+        return (y.view(x.shape),) if residual is None else (y.view(x.shape), s.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
         s, weight, rho = ctx.saved_tensors
         wants_x, wants_weight, wants_residual = ctx.needs_input_grad[:3]
         rows, dsum = as_rows(dy), as_rows(ds) if ctx.sums and ds is not None else None
@@ -141,17 +141,17 @@ def layer_norm(
 
     FLOPs: about 7 an element. Saved for backward: s, and 8 bytes a row.
     """
-    y, s = LayerNorm.apply(x, weight, bias, residual, eps)  # type: ignore[no-untyped-call]
-    return y if residual is None else (y, s)
+    outputs = LayerNorm.apply(x, weight, bias, residual, eps)  # type: ignore[no-untyped-call]
+    return outputs[0] if residual is None else outputs  # type: ignore[no-any-return]
 
 
 class LayerNorm(FusedFunction):
-    """Forward and backward; returns (y, s), s = x + residual, or (y, None)."""
+    """Forward and backward; returns (y, s), s = x + residual, or (y,)."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
         if runs_triton(rows):
             from lora.fast.kernels import norm as kernels
@@ -165,10 +165,10 @@ class LayerNorm(FusedFunction):
             y = y.to(s.dtype)
         ctx.save_for_backward(s, weight, bias, mean, rho)
         ctx.shape, ctx.sums = x.shape, residual is not None
-        return y.view(x.shape), s.view(x.shape) if residual is not None else None
+        return (y.view(x.shape),) if residual is None else (y.view(x.shape), s.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
         s, weight, bias, mean, rho = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         rows, dsum = as_rows(dy), as_rows(ds) if ctx.sums and ds is not None else None

@@ -89,7 +89,7 @@ def multiply_into(h: Tensor, rows: Tensor, parts: Sequence[Part]) -> None:
         torch.mm(rows, together.T, out=h)
         return
     for part, columns in zip(parts, h.split([part.out_features for part in parts], dim=1), strict=True):
-        torch.mm(rows, dense_of(part, rows.dtype).T, out=columns)
+        columns.addmm_(rows, dense_of(part, rows.dtype).T, beta=0)
 
 
 def back_through(dys: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
@@ -135,6 +135,8 @@ def rows_of_one(weights: Sequence[Tensor]) -> Tensor | None:
     first = weights[0]
     if len(weights) == 1:
         return first
+    if torch.compiler.is_compiling():  # a graph does not know addresses
+        return None
     end = first.storage_offset()
     for weight in weights:
         same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
@@ -150,6 +152,8 @@ def columns_of_one(tensors: Sequence[Tensor]) -> Tensor | None:
     first = tensors[0]
     if len(tensors) == 1:
         return first
+    if torch.compiler.is_compiling():
+        return None
     end, width = first.storage_offset(), sum(t.shape[1] for t in tensors)
     for tensor in tensors:
         same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

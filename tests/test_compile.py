@@ -1,0 +1,104 @@
+"""torch.compile: the fast operations become one graph each, and give what they give without it, gradients included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import lora
+from lora.projection import Dropout, Projection
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore:.*script_method.*")
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _fast() -> Iterator[None]:
+    torch._dynamo.reset()
+    with lora.use_backend("fast"):
+        yield
+    torch._dynamo.reset()
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64)
+
+
+def layer(out: int, fan_in: int, *, dora: bool = False, nf4: bool = False) -> Projection:
+    weight: Any = normal(out, fan_in)
+    return Projection(
+        lora.ops.nf4_quantize(weight.float()) if nf4 else weight,
+        normal(out),
+        normal(2, fan_in).requires_grad_(),
+        normal(out, 2).requires_grad_(),
+        1.5,
+        (torch.rand(out, dtype=F64) + 0.5).requires_grad_() if dora else None,
+    )
+
+
+def operations() -> dict[str, tuple[Callable[[Tensor], Any], list[Projection]]]:
+    linear, dora, nf4 = layer(6, 8), layer(6, 8, dora=True), layer(16, 8, nf4=True)
+    q, k, v = layer(8, 8), layer(4, 8), layer(4, 8)
+    gate, up, down = layer(12, 8), layer(12, 8), layer(8, 12)
+    weight, angles, drop = normal(8), normal(4, 8), Dropout(0.3, 7)
+    ops = lora.ops
+    return {
+        "lora_linear": (lambda x: ops.lora_linear(x, linear), [linear]),
+        "lora_linear with dropout": (lambda x: ops.lora_linear(x, linear, dropout=drop), [linear]),
+        "lora_linear with DoRA": (lambda x: ops.lora_linear(x, dora), [dora]),
+        "lora_linear in NF4": (lambda x: ops.lora_linear(x, nf4), [nf4]),
+        "lora_qkv": (lambda x: ops.lora_qkv(x, q, k, v), [q, k, v]),
+        "lora_mlp": (lambda x: ops.lora_mlp(x, gate, up, down, activation="silu"), [gate, up, down]),
+        "lora_qkv with DoRA": (lambda x: ops.lora_qkv(x, dora, k, v), [dora, k, v]),
+        "rms_norm": (lambda x: ops.rms_norm(x, weight), []),
+        "rms_norm with residual": (lambda x: ops.rms_norm(x, weight, residual=2 * x), []),
+        "layer_norm": (lambda x: ops.layer_norm(x, weight), []),
+        "rope": (lambda x: ops.rope(x.view(1, 1, 4, 8), x.view(1, 1, 4, 8) * 2, angles.cos(), angles.sin()), []),
+    }
+
+
+def total(outputs: Any) -> Tensor:
+    each = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.stack([(y * torch.arange(1.0, y.numel() + 1, dtype=F64).view(y.shape)).sum() for y in each]).sum()
+
+
+@pytest.mark.parametrize("name", list(operations()))
+def test_an_operation_is_one_graph(name):
+    operation, projections = operations()[name]
+    x = normal(4, 8).requires_grad_()
+    wanted = [x, *(t for p in projections for t in (p.lora_A, p.lora_B, p.magnitude) if isinstance(t, Tensor))]
+
+    def run(x: Tensor) -> Tensor:
+        return total(operation(x))
+
+    expected = [run(x), *torch.autograd.grad(run(x), wanted)]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    for found, exact in zip([compiled, *torch.autograd.grad(compiled, wanted)], expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+
+
+def test_a_fused_model_compiles():
+    """The loss reads labels and its chunks depend on how many count, so a model is several graphs."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    lora.inject(model, lora.LoRAConfig(r=4))
+    for parameter in lora.trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    lora.for_training(model)
+    ids = torch.randint(50, (2, 9))
+
+    def step(run: Any) -> list[Tensor]:
+        loss = run(input_ids=ids, labels=ids).loss
+        return [loss.detach(), *torch.autograd.grad(loss, lora.trainable_parameters(model))]
+
+    for found, expected in zip(step(torch.compile(model, backend="aot_eager")), step(model), strict=True):
+        scale = float(expected.abs().max())
+        assert float((found - expected).abs().max()) <= 64 * torch.finfo(torch.float32).eps * scale
