@@ -170,12 +170,23 @@ def patch_attention(fusion: Fusion, path: str, module: Any) -> None:
         notes.append("q, k, v in one product")
     forward = inspect.unwrap(type(module).forward)
     if "apply_rotary_pos_emb" in forward.__code__.co_names and forward is type(module).forward:
-        names = {**forward.__globals__, "apply_rotary_pos_emb": rotary}
-        fused = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-        fused.__kwdefaults__ = forward.__kwdefaults__
-        patch(fusion, module, fused, {})
+        patch(fusion, module, with_rotary(forward), {})
         notes.append("RoPE in one pass")
     fusion.notes[path] = ", ".join(notes) or "left as it is: an attention of another shape"
+
+
+@functools.cache
+def with_rotary(forward: Any) -> Any:
+    """An attention's forward with our `rotary`: one function for all instances, with code and globals of its own.
+
+    torch.compile keeps what it compiled with the code object and finds it by name in the globals: neither may be
+    shared with a function that does not share the other.
+    """
+    code = forward.__code__.replace(co_name=f"fused_{forward.__name__}")
+    names = {**forward.__globals__, "apply_rotary_pos_emb": rotary}
+    fused = types.FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    fused.__kwdefaults__ = forward.__kwdefaults__
+    return fused
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -22,16 +22,18 @@ GPU_TYPES = ("cuda",)  # ROCm devices call themselves cuda too
 AUTOCAST_TYPES = ("cpu", *GPU_TYPES)
 
 
-@functools.cache
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton itself reads it once
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def interpreting() -> bool:
-    """TRITON_INTERPRET=1: the real kernels, run on the CPU. Read once, as Triton itself reads it once."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """TRITON_INTERPRET=1: the real kernels, run on the CPU."""
+    return INTERPRETING
 
 
-@functools.cache
 def triton_installed() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return TRITON_INSTALLED
 
 
 def runs_triton(x: Tensor) -> bool:
