@@ -387,3 +387,26 @@ def test_autocast_casts_what_the_reference_casts(operation, inside):
         scale = float(exact.detach().abs().max())
         reference_error = float((expected - exact).detach().abs().max())
         assert float((found - exact).detach().abs().max()) <= 2 * reference_error + 4 * narrow * scale
+
+
+def test_groups_of_tokens_follow_the_index():
+    """They are kept from layer to layer: not past a change of the index, and not where changes are not counted."""
+    base, A, B = projection(4, 3, 0), normal(2, 2, 3), normal(2, 4, 2)
+    scaling, index, x = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([0, -1, 1]), normal(3, 3)
+
+    def assert_same() -> None:
+        arguments = (x, base, A, B, scaling, index)
+        torch.testing.assert_close(
+            fast.multi_lora_linear(*arguments), reference.multi_lora_linear(*arguments), rtol=0, atol=TOLERANCE
+        )
+
+    assert_same()
+    index[0] = 1
+    assert_same()
+    index = index.flip(0)
+    assert_same()
+    with torch.inference_mode():
+        index = torch.tensor([1, 1, -1])
+        assert_same()
+        index[2] = 0
+        assert_same()
