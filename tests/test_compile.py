@@ -79,7 +79,7 @@ def test_an_operation_is_one_graph(name):
     expected = [run(x), *torch.autograd.grad(run(x), wanted)]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
     for found, exact in zip([compiled, *torch.autograd.grad(compiled, wanted)], expected, strict=True):
-        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)  # float64, sums of less than a hundred terms
 
 
 def test_a_fused_model_compiles():
@@ -103,3 +103,16 @@ def test_a_fused_model_compiles():
     for found, expected in zip(step(torch.compile(model, backend="aot_eager")), step(model), strict=True):
         scale = float(expected.abs().max())
         assert float((found - expected).abs().max()) <= 64 * torch.finfo(torch.float32).eps * scale
+
+
+def test_fused_attentions_share_one_function():
+    """What torch.compile keeps hangs on the code object and is found in the globals: each pair belongs together."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    model = transformers.LlamaForCausalLM(config)
+    own = type(model.model.layers[0].self_attn).forward
+    lora.for_training(lora.inject(model, lora.LoRAConfig(r=4)))
+    first, second = (block.self_attn.forward.__func__ for block in model.model.layers)
+    assert first is second
+    assert first.__code__ is not own.__code__ and first.__globals__ is not own.__globals__
