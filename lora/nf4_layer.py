@@ -199,5 +199,6 @@ def as_bytes(numbers: Tensor | None) -> Tensor | None:
 
 def as_floats(raw: Tensor) -> Tensor:
     """The inverse of `as_bytes`, uint8 [k, 4] -> float32 [k]: a view, but a copy where the bytes are not aligned."""
-    aligned = raw.is_contiguous() and raw.storage_offset() % 4 == 0
+    in_graph = torch.compiler.is_compiling()  # which knows no addresses
+    aligned = not in_graph and raw.is_contiguous() and raw.storage_offset() % 4 == 0
     return (raw if aligned else raw.clone(memory_format=torch.contiguous_format)).view(torch.float32).flatten()

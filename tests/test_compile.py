@@ -29,13 +29,17 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64)
 
 
+def leaf(*shape: int) -> Tensor:
+    return normal(*shape).requires_grad_()
+
+
 def layer(out: int, fan_in: int, *, dora: bool = False, nf4: bool = False) -> Projection:
     weight: Any = normal(out, fan_in)
     return Projection(
         lora.ops.nf4_quantize(weight.float()) if nf4 else weight,
         normal(out),
-        normal(2, fan_in).requires_grad_(),
-        normal(out, 2).requires_grad_(),
+        leaf(2, fan_in),
+        leaf(out, 2),
         1.5,
         (torch.rand(out, dtype=F64) + 0.5).requires_grad_() if dora else None,
     )
@@ -46,6 +50,11 @@ def operations() -> dict[str, tuple[Callable[[Tensor], Any], list[Projection]]]:
     q, k, v = layer(8, 8), layer(4, 8), layer(4, 8)
     gate, up, down = layer(12, 8), layer(12, 8), layer(8, 12)
     weight, angles, drop = normal(8), normal(4, 8), Dropout(0.3, 7)
+    head, labels = layer(6, 8), torch.tensor([3, -100, 5, 0])
+    table, ids = layer(9, 8)._replace(bias=None, lora_A=leaf(2, 9), lora_B=leaf(8, 2)), torch.tensor([8, 0, 3, 3])
+    base, nf4_base = layer(6, 8)._replace(lora_A=None, lora_B=None), nf4._replace(lora_A=None, lora_B=None)
+    many_A, many_B, scalings = leaf(2, 2, 8), leaf(2, 6, 2), torch.tensor([1.0, 2.0], dtype=F64)
+    many, index = Projection(weight, lora_A=many_A, lora_B=many_B), torch.tensor([1, -1, 0, 1])
     ops = lora.ops
     return {
         "lora_linear": (lambda x: ops.lora_linear(x, linear), [linear]),
@@ -58,6 +67,18 @@ def operations() -> dict[str, tuple[Callable[[Tensor], Any], list[Projection]]]:
         "rms_norm": (lambda x: ops.rms_norm(x, weight), []),
         "rms_norm with residual": (lambda x: ops.rms_norm(x, weight, residual=2 * x), []),
         "layer_norm": (lambda x: ops.layer_norm(x, weight), []),
+        "linear_cross_entropy": (lambda x: ops.linear_cross_entropy(x, head, labels), [head]),
+        "linear_cross_entropy of each": (lambda x: ops.linear_cross_entropy(x, head, labels, reduction="none"), [head]),
+        "linear_cross_entropy in NF4": (
+            lambda x: ops.linear_cross_entropy(x, nf4, labels, dropout=drop, softcap=9.0, num_items=7),
+            [nf4],
+        ),
+        "lora_embedding": (lambda x: x[:, :1] * ops.lora_embedding(ids, table), [table]),
+        "multi_lora_linear": (lambda x: ops.multi_lora_linear(x, base, many_A, many_B, scalings, index), [many]),
+        "multi_lora_linear in NF4": (
+            lambda x: ops.multi_lora_linear(x, nf4_base, many_A, many_B[:, :1].expand(2, 16, 2), scalings, index),
+            [many],
+        ),
         "rope": (lambda x: ops.rope(x.view(1, 1, 4, 8), x.view(1, 1, 4, 8) * 2, angles.cos(), angles.sin()), []),
     }
 
@@ -82,25 +103,30 @@ def test_an_operation_is_one_graph(name):
         torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)  # float64, sums of less than a hundred terms
 
 
-def test_a_fused_model_compiles():
-    """The loss reads labels and its chunks depend on how many count, so a model is several graphs."""
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_fused_model_is_one_graph(dropout, quantised):
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=50,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    lora.inject(model, lora.LoRAConfig(r=4, lora_dropout=0.1))
+    if quantised:
+        lora.quantize(model, "nf4")
+    lora.inject(model, lora.LoRAConfig(r=4, lora_dropout=dropout))
     for parameter in lora.trainable_parameters(model):
         torch.nn.init.normal_(parameter, std=0.1)
     lora.for_training(model)
     ids = torch.randint(50, (2, 9))
 
     def step(run: Any) -> list[Tensor]:
-        torch.manual_seed(0)  # of the dropout masks: drawing their seeds splits the graph too
+        torch.manual_seed(0)  # of the dropout masks
         loss = run(input_ids=ids, labels=ids).loss
         return [loss.detach(), *torch.autograd.grad(loss, lora.trainable_parameters(model))]
 
-    for found, expected in zip(step(torch.compile(model, backend="aot_eager")), step(model), strict=True):
+    with torch._dynamo.config.patch(capture_scalar_outputs=dropout > 0):  # each layer draws a seed
+        compiled = step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    for found, expected in zip(compiled, step(model), strict=True):
         scale = float(expected.abs().max())
         assert float((found - expected).abs().max()) <= 64 * torch.finfo(torch.float32).eps * scale
 

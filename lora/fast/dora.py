@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora.fast import library
 from lora.fast.runtime import runs_triton
 
 BLOCK_BYTES = 1 << 22  # of W + s B A held at a time
@@ -17,10 +18,7 @@ BLOCK_BYTES = 1 << 22  # of W + s B A held at a time
 def dora_norm(dense: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """‖W + s B A‖ of each row, [out_features], float32 (float64 for a float64 weight)."""
     if runs_triton(dense):
-        from lora.fast.kernels import dora as kernels
-
-        norms: Tensor = kernels.dora_norm(dense, lora_A, lora_B, scaling)
-        return norms
+        return library.dora_norm(dense, lora_A, lora_B, scaling)
     wide = torch.promote_types(dense.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
     norm = torch.empty(dense.shape[0], dtype=wide, device=dense.device)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora.fast import library
 from lora.fast.runtime import runs_triton
 from lora.projection import Dropout
 from lora.reference.dropout import GAMMA, LANES, MIX_1, MIX_2, keep_scale, key_of, threshold
@@ -34,12 +35,12 @@ def dropout_mask(
     shape: Sequence[int], p: float, seed: int, *, stream: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
     """True where an element is kept; arguments, result and bits as in `lora.reference.dropout.dropout_mask`."""
-    place = torch.empty(0, device=device)
-    if runs_triton(place):
-        from lora.fast.kernels import dropout as kernels
+    return library.keep_mask(tuple(shape), p, seed, stream, torch.device(device or torch.get_default_device()))
 
-        return kernels.dropout_mask(shape, p, seed, stream, place.device)
-    return (lanes(math.prod(shape), seed, stream, place.device) >= threshold(p) - SIGN).view(tuple(shape))
+
+def plain_mask(shape: Sequence[int], p: float, seed: int, stream: int, device: torch.device) -> Tensor:
+    """`dropout_mask` in plain torch."""
+    return (lanes(math.prod(shape), seed, stream, device) >= threshold(p) - SIGN).view(tuple(shape))
 
 
 def apply_dropout(rows: Tensor, dropout: Dropout | KeepRows | None) -> Tensor:
@@ -49,9 +50,7 @@ def apply_dropout(rows: Tensor, dropout: Dropout | KeepRows | None) -> Tensor:
     if dropout is None or threshold(dropout.p) == 0:
         return rows
     if runs_triton(rows):
-        from lora.fast.kernels import dropout as kernels
-
-        return kernels.dropout_forward(rows, dropout.p, dropout.seed, dropout.stream)
+        return library.drop(rows, dropout.p, dropout.seed, dropout.stream)
     keep = dropout_mask(rows.shape, dropout.p, dropout.seed, stream=dropout.stream, device=rows.device)
     return (rows * keep).mul_(keep_scale(dropout.p))
 
@@ -63,9 +62,7 @@ def add_dropped_(total: Tensor, rows: Tensor, dropout: Dropout | KeepRows) -> Te
     if threshold(dropout.p) == 0:
         return total.add_(rows)
     if runs_triton(total):
-        from lora.fast.kernels import dropout as kernels
-
-        kernels.dropout_add(total, rows, dropout.p, dropout.seed, dropout.stream)
+        library.add_dropped(total, rows, dropout.p, dropout.seed, dropout.stream)
         return total
     keep = dropout_mask(rows.shape, dropout.p, dropout.seed, stream=dropout.stream, device=rows.device)
     return total.addcmul_(rows, keep.to(rows.dtype), value=keep_scale(dropout.p))

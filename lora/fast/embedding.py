@@ -24,7 +24,7 @@ def lora_embedding(ids: Tensor, projection: Projection, *, padding_idx: int | No
     magnitude also tokens·dim).
     """
     table = table_of(projection)
-    if ids.device.type == "cpu":  # a GPU's own look-up raises, without making the host wait for it
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's or a graph's own look-up raises
         check_ids(ids, table.shape[0])
     _, _, lora_A, lora_B, scaling, magnitude = projection
     if lora_A is None or lora_B is None:

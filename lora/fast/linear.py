@@ -32,9 +32,7 @@ from lora.fast.checkpoint import product_is_wanted
 from lora.fast.dora import dora_norm
 from lora.fast.dropout import KeepRows, add_dropped_, apply_dropout
 from lora.fast.operands import (
-    TENSORS,
     Factors,
-    Part,
     as_autocast,
     as_rows,
     back_through,
@@ -42,10 +40,9 @@ from lora.fast.operands import (
     dense_of,
     factors_of,
     multiply_into,
-    packed,
     pieces,
-    unpacked,
 )
+from lora.fast.parts import TENSORS, Part, packed, unpacked
 from lora.fast.runtime import FusedFunction
 from lora.projection import Dropout, Projection
 

@@ -13,18 +13,21 @@ gradient of its own for each token, known only in the backward, so there the chu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora.fast import library
 from lora.fast.dropout import KeepRows, dropout_mask
 from lora.fast.linear import backward_group, forward_group
-from lora.fast.operands import Part, as_autocast, as_rows, packed, unpacked
+from lora.fast.operands import as_autocast, as_rows
+from lora.fast.parts import Part, flat_part, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
-from lora.reference.loss import Reduction, Targets, as_projection, check_options, read_labels
+from lora.reference.loss import Reduction, as_projection, check_options, read_labels
 
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of logits at a time: 170 tokens of a 49k vocabulary, or 523 of 128k
 
@@ -47,88 +50,133 @@ def linear_cross_entropy(
     FLOPs: 2·counted·features·vocab, and twice that again for gradients. Saved for backward: the gradient of hidden,
     tokens·features numbers, and those of the head's trainable tensors.
     """
-    head = as_projection(head)
-    check_options(reduction, num_items, softcap, label_smoothing)
-    targets = read_labels(labels, hidden, head, ignore_index, reduction, num_items)
-    hidden, heads = as_autocast(hidden, [head])
+    hidden, heads = as_autocast(hidden, [as_projection(head)])
     static, tensors = unpacked(heads)
-    options = Options(softcap, logit_scale, label_smoothing, reduction == "none")
-    losses: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, targets, options, static, dropout, *tensors
+    count = None if num_items is None else torch.as_tensor(num_items, dtype=torch.float64)
+    settings = Settings(reduction, ignore_index, softcap, logit_scale, label_smoothing)
+    return LinearCrossEntropy.apply(  # type: ignore[no-untyped-call, no-any-return]
+        hidden, labels, count, settings, static, dropout, *tensors
     )
-    return losses.view(labels.shape) if reduction == "none" else losses
 
 
-class Options(NamedTuple):
-    """What the row loss depends on, besides logits and labels."""
+class Settings(NamedTuple):
+    """What the loss depends on, besides tensors."""
 
+    reduction: Reduction
+    ignore_index: int
     softcap: float | None
     logit_scale: float
     label_smoothing: float
-    each: bool  # reduction="none"
 
 
 class Results(NamedTuple):
     """What the chunks leave: the losses, and the gradients that were wanted."""
 
-    losses: Tensor  # [counted]
-    dx: Tensor | None  # [counted, features]
+    losses: Tensor  # [counted]; from `loss_and_gradients` a scalar, or [...] for reduction="none"
+    dx: Tensor | None  # [counted, features]; from `loss_and_gradients` that of hidden, [..., features]
     tensors: list[Tensor | None]  # of weight, bias, lora_A, lora_B, magnitude
 
 
 class LinearCrossEntropy(FusedFunction):
-    """Losses and gradients chunk by chunk; returns a scalar, or [tokens] for reduction="none"."""
+    """The loss, with its gradients made in the forward unless each token's own is known only in the backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        targets: Targets,
-        options: Options,
+        labels: Tensor,
+        num_items: Tensor | None,
+        settings: Settings,
         static: Any,
         dropout: Dropout | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        rows, (part,) = as_rows(hidden), packed(static, tensors)
-        counted = targets.counted.nonzero().flatten()
-        chosen = rows if len(counted) == len(rows) else rows.index_select(0, counted)  # [counted, features]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
-        now = needs if not options.each else [False] * len(needs)
-        labels = targets.labels[counted]
-        done = run_chunks(chosen, part, labels, options, kept_rows(hidden.shape, dropout, counted), now, targets.weight)
-        ctx.static, ctx.options, ctx.dropout, ctx.shape, ctx.needs = static, options, dropout, hidden.shape, needs
-        if options.each:
-            ctx.save_for_backward(chosen, labels, counted, *tensors)
-            return done.losses.new_zeros(len(rows)).index_copy_(0, counted, done.losses)
-        ctx.save_for_backward(done.dx, *done.tensors, counted)
-        return done.losses.sum()
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
+        ctx.settings, ctx.static, ctx.dropout, ctx.needs = settings, static, dropout, needs
+        if settings.reduction == "none":
+            done = in_one_step(hidden, labels, num_items, None, settings, static, dropout, [False] * 6, tensors)
+            ctx.save_for_backward(hidden, labels, num_items, *tensors)
+        else:
+            done = in_one_step(hidden, labels, num_items, None, settings, static, dropout, needs, tensors)
+            ctx.save_for_backward(done.dx, *done.tensors)
+        return done.losses
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        if ctx.options.each:
-            chosen, labels, counted, *tensors = ctx.saved_tensors
-            (part,) = packed(ctx.static, tensors)
-            mask = kept_rows(ctx.shape, ctx.dropout, counted)
-            _, dx, gradients = run_chunks(chosen, part, labels, ctx.options, mask, ctx.needs, dloss.flatten()[counted])
+        if ctx.settings.reduction == "none":
+            hidden, labels, num_items, *tensors = ctx.saved_tensors
+            _, dx, gradients = in_one_step(
+                hidden, labels, num_items, dloss, ctx.settings, ctx.static, ctx.dropout, ctx.needs, tensors
+            )
         else:
-            dx, *gradients, counted = ctx.saved_tensors
-            dx = None if dx is None else dx * dloss.to(dx.dtype)
-            gradients = [None if g is None else g * dloss.to(g.dtype) for g in gradients]
-        if dx is not None:
-            tokens = ctx.shape.numel() // ctx.shape[-1] if ctx.shape[-1] else 0
-            if len(counted) < tokens:
-                dx = dx.new_zeros(tokens, dx.shape[1]).index_copy_(0, counted, dx)
-            dx = dx.view(ctx.shape)
-        return dx, None, None, None, None, *gradients
+            dx, *gradients = (None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors)
+        return dx, None, None, None, None, None, *gradients
+
+
+def in_one_step(
+    hidden: Tensor,
+    labels: Tensor,
+    num_items: Tensor | None,
+    dlosses: Tensor | None,
+    settings: Settings,
+    static: Any,
+    dropout: Dropout | None,
+    needs: Sequence[bool],
+    tensors: Sequence[Tensor | None],
+) -> Results:
+    """`loss_and_gradients`; in a graph it is one node, because labels are checked and counted there."""
+    if not torch.compiler.is_compiling():
+        (part,) = packed(static, tensors)
+        return loss_and_gradients(hidden, part, labels, num_items, dlosses, settings, dropout, needs)
+    drop = Dropout(0.0, 0) if dropout is None else dropout
+    losses, *gradients = library.linear_cross_entropy(
+        hidden, labels, num_items, dlosses, *flat_part(static[0], tensors), settings.reduction, settings.ignore_index,
+        settings.softcap, settings.logit_scale, settings.label_smoothing, *drop, list(needs),
+    )  # fmt: skip
+    dx, *each = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return Results(losses, dx, each)
+
+
+def loss_and_gradients(
+    hidden: Tensor,
+    part: Part,
+    labels: Tensor,
+    num_items: Tensor | None,
+    dlosses: Tensor | None,
+    settings: Settings,
+    dropout: Dropout | None,
+    needs: Sequence[bool],
+) -> Results:
+    """The loss of a batch, and those gradients of (hidden, weight, bias, lora_A, lora_B, magnitude) that `needs` names.
+
+    Args:
+        dlosses: [...], the gradient with respect to each token's loss; None where that is the reduction's.
+    """
+    reduction, ignore_index, softcap, _, smoothing = settings
+    check_options(reduction, num_items, softcap, smoothing)
+    targets = read_labels(labels, hidden, part.out_features, ignore_index, reduction, num_items)
+    rows = as_rows(hidden)
+    counted = targets.counted.nonzero().flatten()
+    everything = len(counted) == len(rows)
+    chosen = rows if everything else rows.index_select(0, counted)  # [counted, features]
+    weight = targets.weight if dlosses is None else dlosses.flatten()[counted]
+    mask = kept_rows(hidden.shape, dropout, counted)
+    losses, dx, tensors = run_chunks(chosen, part, targets.labels[counted], settings, mask, needs, weight)
+    if dx is not None:
+        dx = dx if everything else torch.zeros_like(rows).index_copy_(0, counted, dx)
+        dx = dx.view(hidden.shape)
+    if reduction == "none":
+        return Results(losses.new_zeros(len(rows)).index_copy_(0, counted, losses).view(labels.shape), dx, tensors)
+    return Results(losses.sum(), dx, tensors)
 
 
 def run_chunks(
     rows: Tensor,
     part: Part,
     labels: Tensor,
-    options: Options,
+    settings: Settings,
     mask: KeepRows | None,
-    needs: list[bool],
+    needs: Sequence[bool],
     weight: float | Tensor,
 ) -> Results:
     """Losses [counted] and the wanted gradients, a chunk of rows at a time.
@@ -148,7 +196,7 @@ def run_chunks(
         kept_chunk = None if mask is None else mask._replace(keep=mask.keep[chunk])
         (logits,), kept = forward_group(x, [part], kept_chunk, [needs[5]], out=space[: len(x)])
         scale = weight[chunk] if isinstance(weight, Tensor) else weight
-        losses[chunk] = row_losses_(logits, labels[chunk], options, scale, wants)
+        losses[chunk] = row_losses_(logits, labels[chunk], settings, scale, wants)
         if not wants:
             continue
         dx_chunk, (gradients,) = backward_group([logits], x, [part], kept, kept_chunk, needs[0], [needs[1:]])
@@ -168,15 +216,15 @@ def kept_rows(shape: torch.Size, dropout: Dropout | None, counted: Tensor) -> Ke
     return KeepRows(keep.view(-1, shape[-1]).index_select(0, counted), keep_scale(dropout.p))
 
 
-def row_losses_(logits: Tensor, labels: Tensor, options: Options, weight: float | Tensor, wants: bool) -> Tensor:
+def row_losses_(logits: Tensor, labels: Tensor, settings: Settings, weight: float | Tensor, wants: bool) -> Tensor:
     """The loss of each row, times `weight` where that is a number; `logits` become their own gradients if wanted."""
     if runs_triton(logits):
         from lora.fast.kernels import cross_entropy as kernels
 
         return kernels.cross_entropy_(
-            logits, labels, options.softcap, options.logit_scale, options.label_smoothing, weight, wants
+            logits, labels, settings.softcap, settings.logit_scale, settings.label_smoothing, weight, wants
         )
-    softcap, logit_scale, smoothing, _ = options
+    _, _, softcap, logit_scale, smoothing = settings
     z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
     if logit_scale != 1:
         z.mul_(logit_scale)

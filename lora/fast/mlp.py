@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.fast import library
 from lora.fast.checkpoint import product_is_wanted
 from lora.fast.linear import Kept, backward_group, forward_group, saved_by
-from lora.fast.operands import TENSORS, as_autocast, as_rows, packed, unpacked
+from lora.fast.operands import as_autocast, as_rows
+from lora.fast.parts import TENSORS, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.mlp import check_activation, hidden_dropout
@@ -86,9 +88,7 @@ class LoRAMLP(FusedFunction):
 def gated_forward(g: Tensor, z: Tensor, activation: str) -> Tensor:
     """h = act(g) ⊙ z, [tokens, hidden]."""
     if runs_triton(g):
-        from lora.fast.kernels import activation as kernels
-
-        return kernels.gated_forward(g, z, activation)
+        return library.gated_forward(g, z, activation)
     if activation == "silu":
         return F.silu(g).mul_(z)
     return F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(z)
@@ -96,13 +96,11 @@ def gated_forward(g: Tensor, z: Tensor, activation: str) -> Tensor:
 
 def gated_backward(dh: Tensor, g: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """dg = dh ⊙ z ⊙ act'(g) and dz = dh ⊙ act(g): the two halves of one buffer [tokens, 2·hidden]."""
+    if runs_triton(g):
+        dg, dz = library.gated_backward(dh, g, z, activation).chunk(2, dim=1)
+        return dg, dz
     both = dh.new_empty(len(dh), 2 * dh.shape[1])
     dg, dz = both.chunk(2, dim=1)
-    if runs_triton(g):
-        from lora.fast.kernels import activation as kernels
-
-        kernels.gated_backward(dh, g, z, activation, dg=dg, dz=dz)
-        return dg, dz
     wide = torch.promote_types(g.dtype, torch.float32)
     g_wide = g.to(wide)
     act, slope = activation_and_slope(g_wide, activation)

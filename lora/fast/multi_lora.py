@@ -8,15 +8,18 @@ products, and none the others.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora.fast.operands import as_autocast, as_rows, dense_of, packed, unpacked
+from lora.fast import library
+from lora.fast.operands import as_autocast, as_rows, dense_of
+from lora.fast.parts import Part, Static, flat_part, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Projection
-from lora.reference.multi_lora import check_adapters
+from lora.reference.multi_lora import check_adapters, check_base
 
 
 def multi_lora_linear(
@@ -26,52 +29,92 @@ def multi_lora_linear(
 
     FLOPs: 2·tokens·(in·out + r·(in + out)). Saved for backward: x and s·xAᵀ, tokens·(in + r) numbers.
     """
-    check_adapters(x, base, lora_A, lora_B, scaling, index)
-    x, (base,) = as_autocast(x, [base._replace(lora_A=None, lora_B=None)])
-    static, tensors = unpacked([base])
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    groups = groups_of(KernelGroups if runs_triton(x) else SlicedGroups, index, len(lora_A), tokens)
-    return MultiLoRA.apply(x, static, lora_A, lora_B, scaling, groups, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    check_base(base)
+    x, bases = as_autocast(x, [base])
+    static, tensors = unpacked(bases)
+    h: Tensor = MultiLoRA.apply(x, static[0], index, lora_A, lora_B, scaling, *tensors[:2])  # type: ignore[no-untyped-call]
+    return h
 
 
 class MultiLoRA(FusedFunction):
-    """Forward and backward; `groups` knows which tokens are whose."""
+    """Forward and backward; in a graph each is one node, because it looks at the adapters' numbers."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, static: Any, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, groups: Any,
-        *tensors: Tensor | None,
+        ctx: Any, x: Tensor, static: Static, index: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor,
+        weight: Tensor | None, bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        (part,) = packed(static, tensors)
-        rows = as_rows(x)  # [tokens, in]
-        h = torch.mm(rows, dense_of(part, x.dtype).T)
-        if part.bias is not None:
-            h.add_(part.bias.to(h.dtype))
-        su = groups.shrink(rows, lora_A.to(x.dtype), scaling)  # [tokens, r]
-        groups.expand_(h, su, lora_B.to(x.dtype))
-        ctx.save_for_backward(rows, su, lora_A, lora_B, scaling, *tensors)
-        ctx.static, ctx.groups, ctx.shape = static, groups, x.shape
-        return h.view(*x.shape[:-1], h.shape[1])
+        tensors = [weight, bias, None, None, None]
+        if torch.compiler.is_compiling():
+            h, su = library.multi_lora_forward(x, index, lora_A, lora_B, scaling, *flat_part(static, tensors))
+        else:
+            (part,) = packed([static], tensors)
+            check_adapters(x, part.shape, lora_A, lora_B, scaling, index)
+            ctx.groups = groups_for(x, lora_A, index)
+            h, su = forward_tokens(x, part, lora_A, lora_B, scaling, ctx.groups)
+        ctx.save_for_backward(x, su, index, lora_A, lora_B, scaling, weight, bias)
+        ctx.static = static
+        return h
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        rows, su, lora_A, lora_B, scaling, *tensors = ctx.saved_tensors
-        (part,) = packed(ctx.static, tensors)
-        dy, groups = as_rows(dh), ctx.groups
-        wants_x, _, wants_A, wants_B = ctx.needs_input_grad[:4]
-        wants_W, wants_b = ctx.needs_input_grad[6:8]
-        dx = dA = dB = None
-        if wants_x or wants_A:
-            du = groups.shrink(dy, lora_B.to(dy.dtype).transpose(1, 2), scaling)  # [tokens, r]
-            dA = groups.sums(du, rows).to(lora_A.dtype) if wants_A else None
-            if wants_x:
-                dx = torch.mm(dy, dense_of(part, dy.dtype))
-                groups.expand_(dx, du, lora_A.to(dy.dtype).transpose(1, 2))
-        if wants_B:
-            dB = groups.sums(dy, su).to(lora_B.dtype)
-        dweight, dbias = dy.T @ rows if wants_W else None, dy.sum(0) if wants_b else None
-        dx = None if dx is None else dx.view(ctx.shape)
-        return dx, None, dA, dB, None, None, dweight, dbias, None, None, None
+        x, su, index, lora_A, lora_B, scaling, weight, bias = ctx.saved_tensors
+        tensors, needs = [weight, bias, None, None, None], [ctx.needs_input_grad[i] for i in (0, 3, 4, 6, 7)]
+        if torch.compiler.is_compiling():
+            made = library.multi_lora_backward(
+                dh, x, su, index, lora_A, lora_B, scaling, *flat_part(ctx.static, tensors), needs
+            )
+            dx, dA, dB, dweight, dbias = (each if need else None for each, need in zip(made, needs, strict=True))
+        else:
+            (part,) = packed([ctx.static], tensors)
+            dx, dA, dB, dweight, dbias = backward_tokens(dh, x, su, part, lora_A, lora_B, scaling, ctx.groups, needs)
+        return dx, None, None, dA, dB, None, dweight, dbias
+
+
+def forward_tokens(
+    x: Tensor, part: Part, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, groups: Any
+) -> tuple[Tensor, Tensor]:
+    """h, [rows, ..., out], and s·xAᵀ of each token, [tokens, r]."""
+    rows = as_rows(x)  # [tokens, in]
+    h = torch.mm(rows, dense_of(part, x.dtype).T)
+    if part.bias is not None:
+        h.add_(part.bias.to(h.dtype))
+    su = groups.shrink(rows, lora_A.to(x.dtype), scaling)  # [tokens, r]
+    groups.expand_(h, su, lora_B.to(x.dtype))
+    return h.view(*x.shape[:-1], h.shape[1]), su
+
+
+def backward_tokens(
+    dh: Tensor,
+    x: Tensor,
+    su: Tensor,
+    part: Part,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    groups: Any,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, lora_A, lora_B, weight and bias; None where `needs` says so."""
+    dy, rows = as_rows(dh), as_rows(x)
+    wants_x, wants_A, wants_B, wants_weight, wants_bias = needs
+    dx = dA = dB = None
+    if wants_x or wants_A:
+        du = groups.shrink(dy, lora_B.to(dy.dtype).transpose(1, 2), scaling)  # [tokens, r]
+        dA = groups.sums(du, rows).to(lora_A.dtype) if wants_A else None
+        if wants_x:
+            dx = torch.mm(dy, dense_of(part, dy.dtype))
+            groups.expand_(dx, du, lora_A.to(dy.dtype).transpose(1, 2))
+            dx = dx.view(x.shape)
+    if wants_B:
+        dB = groups.sums(dy, su).to(lora_B.dtype)
+    return dx, dA, dB, dy.T @ rows if wants_weight else None, dy.sum(0) if wants_bias else None
+
+
+def groups_for(x: Tensor, lora_A: Tensor, index: Tensor) -> Any:
+    """Which tokens are whose, for the implementation that serves x."""
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return groups_of(KernelGroups if runs_triton(x) else SlicedGroups, index, len(lora_A), tokens)
 
 
 _latest: dict[type, tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}

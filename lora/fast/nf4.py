@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lora.errors import LoRAError
+from lora.fast import library
 from lora.fast.runtime import runs_triton
 from lora.nf4_format import NF4_CODES
 from lora.projection import NF4Weight
@@ -44,9 +46,26 @@ def nf4_dequantize(quantised: NF4Weight, dtype: torch.dtype | None = None) -> Te
     dtype = dtype or quantised.dtype
     if not dtype.is_floating_point:
         raise LoRAError(f"an NF4 weight was to be decoded to {dtype}, expected a floating dtype such as torch.float32.")
-    out = torch.empty(quantised.shape, dtype=dtype, device=quantised.codes.device)
-    decode_into(quantised, out)
+    q = quantised
+    if torch.compiler.is_compiling():
+        return library.nf4_decode(
+            q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size, dtype
+        )
+    out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+    decode_into(q, out)
     return out
+
+
+def decoded_together(weights: Sequence[NF4Weight], dtype: torch.dtype) -> Tensor:
+    """Weights of one x decoded one under another, [Σ out, in], in the workspace until the next call."""
+    if torch.compiler.is_compiling():  # a graph plans its memory itself
+        each = [nf4_dequantize(weight, dtype) for weight in weights]
+        return each[0] if len(each) == 1 else torch.cat(each)
+    sizes, fan_in = [weight.shape[0] for weight in weights], weights[0].shape[1]
+    space = workspace(sum(sizes) * fan_in, dtype, weights[0].codes.device).view(sum(sizes), fan_in)
+    for weight, block in zip(weights, space.split(sizes), strict=True):
+        decode_into(weight, block)
+    return space
 
 
 def decode_into(quantised: NF4Weight, out: Tensor) -> None:
@@ -68,12 +87,7 @@ def decode_into(quantised: NF4Weight, out: Tensor) -> None:
 
 
 def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`count` numbers of scratch memory, the same ones for every call on this device and stream.
-
-    In a compiled graph they are new ones: there the compiler plans memory, and reuses it itself.
-    """
-    if torch.compiler.is_compiling():
-        return torch.empty(count, dtype=dtype, device=device)
+    """`count` numbers of scratch memory, the same ones for every call on this device and stream."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
     key = (device, dtype, stream)
     if key not in _workspaces or _workspaces[key].numel() < count:

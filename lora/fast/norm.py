@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from lora.fast import library
 from lora.fast.operands import as_rows
 from lora.fast.runtime import FusedFunction, runs_triton
 
@@ -66,12 +67,9 @@ class RMSNorm(FusedFunction):
     ) -> tuple[Tensor, ...]:
         rows = as_rows(x)
         if runs_triton(rows):
-            from lora.fast.kernels import norm as kernels
-
             added = None if residual is None else as_rows(residual)
-            y, s, rho = kernels.rms_norm_forward(
-                rows, weight, eps=eps, offset=offset, round_before_weight=rounds, residual=added
-            )
+            y, s, rho = library.rms_norm_forward(rows, weight, added, eps, offset, rounds)
+            s = rows if residual is None else s
         else:
             s = rows if residual is None else rows + as_rows(residual)
             wide = s.to(torch.promote_types(s.dtype, torch.float32))
@@ -91,16 +89,20 @@ class RMSNorm(FusedFunction):
         s, weight, rho = ctx.saved_tensors
         wants_x, wants_weight, wants_residual = ctx.needs_input_grad[:3]
         rows, dsum = as_rows(dy), as_rows(ds) if ctx.sums and ds is not None else None
+        dweight: Tensor | None
         if runs_triton(rows):
-            from lora.fast.kernels import norm as kernels
-
-            dx, dweight = kernels.rms_norm_backward(
-                rows, s, weight, rho, offset=ctx.offset, dsum=dsum, need_dweight=wants_weight
-            )
+            dx, dweight = library.rms_norm_backward(rows, s, weight, rho, dsum, ctx.offset, wants_weight)
         else:
             dx, dweight = plain_rms_norm_backward(rows, s, weight, rho, ctx.offset, dsum, wants_weight)
         dx = dx.view(ctx.shape)
-        return dx if wants_x else None, dweight, dx if wants_residual else None, None, None, None
+        return (
+            dx if wants_x else None,
+            dweight if wants_weight else None,
+            dx if wants_residual else None,
+            None,
+            None,
+            None,
+        )
 
 
 def plain_rms_norm_backward(
@@ -154,9 +156,8 @@ class LayerNorm(FusedFunction):
     ) -> tuple[Tensor, ...]:
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
         if runs_triton(rows):
-            from lora.fast.kernels import norm as kernels
-
-            y, s, mean, rho = kernels.layer_norm_forward(rows, weight, bias, eps=eps, residual=added)
+            y, s, mean, rho = library.layer_norm_forward(rows, weight, bias, added, eps)
+            s = rows if residual is None else s
         else:
             s = rows if added is None else rows + added
             wide = torch.promote_types(s.dtype, torch.float32)
@@ -173,16 +174,20 @@ class LayerNorm(FusedFunction):
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         rows, dsum = as_rows(dy), as_rows(ds) if ctx.sums and ds is not None else None
         bias = bias if wants_bias else None
+        dweight: Tensor | None
+        dbias: Tensor | None
         if runs_triton(rows):
-            from lora.fast.kernels import norm as kernels
-
-            dx, dweight, dbias = kernels.layer_norm_backward(
-                rows, s, weight, mean, rho, bias=bias, dsum=dsum, need_dweight=wants_weight
-            )
+            dx, dweight, dbias = library.layer_norm_backward(rows, s, weight, bias, mean, rho, dsum, wants_weight)
         else:
             dx, dweight, dbias = plain_layer_norm_backward(rows, s, weight, bias, mean, rho, dsum, wants_weight)
         dx = dx.view(ctx.shape)
-        return dx if wants_x else None, dweight, dbias, dx if wants_residual else None, None
+        return (
+            dx if wants_x else None,
+            dweight if wants_weight else None,
+            dbias if wants_bias else None,
+            dx if wants_residual else None,
+            None,
+        )
 
 
 def plain_layer_norm_backward(

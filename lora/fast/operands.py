@@ -15,54 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora.fast.nf4 import decode_into, workspace
+from lora.fast.nf4 import decoded_together
+from lora.fast.parts import Part
 from lora.fast.runtime import autocast_type
-from lora.projection import NF4Weight, Projection
-
-TENSORS = 5  # of a projection that autograd sees: weight, bias, lora_A, lora_B, magnitude
-Static = tuple[NF4Weight | None, float]  # what it does not see: a quantised weight, and the scaling
-
-
-class Part(NamedTuple):
-    """A projection inside an autograd function."""
-
-    weight: Tensor | None  # dense, or None where it is quantised
-    bias: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    magnitude: Tensor | None
-    quantised: NF4Weight | None
-    scaling: float
-
-    @property
-    def out_features(self) -> int:
-        weight = self.quantised if self.weight is None else self.weight
-        return int(weight.shape[0])  # type: ignore[union-attr]
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.lora_A is None else self.lora_A.shape[0]
-
-
-def unpacked(projections: Sequence[Projection]) -> tuple[list[Static], list[Tensor | None]]:
-    """What autograd does not see of each projection, and the five tensors of each that it does."""
-    static: list[Static] = []
-    tensors: list[Tensor | None] = []
-    for weight, bias, lora_A, lora_B, scaling, magnitude in projections:
-        quantised = weight if isinstance(weight, NF4Weight) else None
-        dense = None if isinstance(weight, NF4Weight) else weight
-        absent = lora_A is None or lora_B is None
-        tensors += [dense, bias, *((None, None, None) if absent else (lora_A, lora_B, magnitude))]
-        static.append((quantised, float(scaling)))
-    return static, tensors
-
-
-def packed(static: Sequence[Static], tensors: Sequence[Tensor | None]) -> list[Part]:
-    """The inverse of `unpacked`."""
-    return [
-        Part(*tensors[TENSORS * i : TENSORS * (i + 1)], *rest)  # type: ignore[arg-type, call-arg]
-        for i, rest in enumerate(static)
-    ]
+from lora.projection import Projection
 
 
 def as_autocast(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Sequence[Projection]]:
@@ -119,11 +75,7 @@ def stacked_weight(parts: Sequence[Part], dtype: torch.dtype) -> Tensor | None:
     """All weights as one matrix [Σ out, in]: NF4 ones decoded together, dense ones if they lie one after another."""
     quantised = [part.quantised for part in parts if part.quantised is not None]
     if len(quantised) == len(parts):
-        sizes, fan_in = [part.out_features for part in parts], quantised[0].shape[1]
-        space = workspace(sum(sizes) * fan_in, dtype, quantised[0].codes.device).view(sum(sizes), fan_in)
-        for weight, block in zip(quantised, space.split(sizes), strict=True):
-            decode_into(weight, block)
-        return space
+        return decoded_together(quantised, dtype)
     weights = [part.weight for part in parts if part.weight is not None]
     if len(weights) < len(parts):
         return None

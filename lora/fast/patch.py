@@ -301,19 +301,28 @@ def patch_layer(fusion: Fusion, path: str, module: Any) -> None:
     code = inspect.unwrap(type(module).forward).__code__
     parts = ("input_layernorm", "self_attn", layer.after_attention, layer.norm, "mlp", layer.after_mlp)
     used = [name for name in code.co_names if name != "residual_multiplier"]  # in the order of their first use
-    if used != [name for name in parts if name] or around(type(module).forward, layer_forward) is None:
+    rebuilt = around(type(module).forward, layer_forward)
+    if used != [name for name in parts if name] or rebuilt is None:
         fusion.notes[path] = "left as it is: a decoder layer of another shape"
     elif not is_patched_norm(norm):
         fusion.notes[path] = f"left as it is: its {layer.norm} is a {type(norm).__name__}"
     else:
-        patch(fusion, module, wrapped_layer_forward, {"layer": layer})
+        forward = type(module).forward
+        options = {
+            "layer": layer,
+            "around": (forward, rebuilt),
+            "signature": inspect.signature(inspect.unwrap(forward)),
+        }
+        patch(fusion, module, wrapped_layer_forward, options)
         fusion.notes[path] = f"attention's residual sum and {layer.norm} in one pass"
 
 
 def wrapped_layer_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The class's forward, with what transformers wraps around it (checkpointing), and `layer_forward` inside."""
-    forward = type(self).forward  # now, not when it was patched: FSDP2 gives modules a class of their own
-    output: Tensor = (around(forward, layer_forward) or forward)(self, *args, **kwargs)
+    forward, (known, rebuilt) = type(self).forward, self.fused_options["around"]
+    if forward is not known:  # the class was given another since
+        rebuilt = around(forward, layer_forward) or forward
+    output: Tensor = rebuilt(self, *args, **kwargs)
     return output
 
 
@@ -344,7 +353,7 @@ def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     calls it. The last sum stays alone: the norm after it belongs to another module.
     """
     layer: Layer = self.fused_options["layer"]
-    given = signature_of(inspect.unwrap(type(self).forward)).bind(self, *args, **kwargs)
+    given = self.fused_options["signature"].bind(self, *args, **kwargs)
     given.apply_defaults()
     extra, residual = given.arguments.pop("kwargs", {}), given.arguments.pop("hidden_states")
     del given.arguments["self"]
@@ -361,12 +370,6 @@ def added_part(layer: Any, name: str | None, x: Tensor) -> Tensor:
         x = getattr(layer, name)(x)
     multiplier = getattr(layer, "residual_multiplier", None)
     return x if multiplier is None else x * multiplier
-
-
-@functools.cache
-def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """inspect.signature, once a function."""
-    return inspect.signature(function)
 
 
 # ---- loss

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.fast import library
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.reference.rope import per_token
 
@@ -46,9 +47,7 @@ def rotated(
 ) -> tuple[Tensor, Tensor]:
     """q and k turned by the angles, or back by them: new tensors."""
     if runs_triton(q):
-        from lora.fast.kernels import rope as kernels
-
-        return kernels.rope_forward(q, k, cos[:, 0], sin[:, 0], interleaved=interleaved, inverse=inverse)
+        return library.rope_rotate(q, k, cos[:, 0], sin[:, 0], None, interleaved, inverse)
     return turn(q, cos, sin, interleaved, inverse), turn(k, cos, sin, interleaved, inverse)
 
 

@@ -77,7 +77,7 @@ def linear_cross_entropy(
     """
     head = as_projection(head)
     check_options(reduction, num_items, softcap, label_smoothing)
-    targets = read_labels(labels, hidden, head, ignore_index, reduction, num_items)
+    targets = read_labels(labels, hidden, head.weight.shape[0], ignore_index, reduction, num_items)
     z = capped_logits(flat(lora_linear(hidden, head, dropout=dropout)), softcap, logit_scale)  # [tokens, vocab]
     losses = F.cross_entropy(z, targets.labels, reduction="none", label_smoothing=label_smoothing)  # [tokens]
     losses = losses.masked_fill(~targets.counted, 0) * targets.weight
@@ -106,7 +106,7 @@ def linear_cross_entropy_backward(
     """
     head = as_projection(head)
     check_options(reduction, num_items, softcap, label_smoothing)
-    targets = read_labels(labels, hidden, head, ignore_index, reduction, num_items)
+    targets = read_labels(labels, hidden, head.weight.shape[0], ignore_index, reduction, num_items)
     logits = lora_linear(hidden, head, dropout=dropout)  # [..., vocab]
     z = capped_logits(flat(logits), softcap, logit_scale)  # [tokens, vocab]
     vocab = z.shape[-1]
@@ -128,13 +128,12 @@ def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> 
 def read_labels(
     labels: Tensor,
     hidden: Tensor,
-    head: Projection,
+    vocab: int,
     ignore_index: int,
     reduction: Reduction,
     num_items: float | Tensor | None,
 ) -> Targets:
     """The labels as class numbers, which of them count, and for how much; LoRAError for one that is no class."""
-    vocab = head.weight.shape[0]
     if labels.shape != hidden.shape[:-1]:
         raise LoRAError(
             f"labels is {list(labels.shape)} beside hidden {list(hidden.shape)}, expected {list(hidden.shape[:-1])}: "

@@ -12,7 +12,7 @@ Adapters of different ranks are padded with zero rows of A and zero columns of B
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ def multi_lora_linear(
     Raises: LoRAError for an index outside the adapters, naming the row; where shapes do not fit.
     FLOPs: 2·tokens·(in·out + r·(in + out)). Saved for backward by autograd: x, each adapter's rows of x and its u.
     """
-    check_adapters(x, base, lora_A, lora_B, scaling, index)
+    check_base(base)
+    check_adapters(x, base.weight.shape, lora_A, lora_B, scaling, index)
     h = frozen_linear(x, base.weight, base.bias)  # [rows, ..., out]
     for adapter, rows in rows_by_adapter(index, len(lora_A)):
         u = float(scaling[adapter]) * F.linear(x[rows], lora_A[adapter].to(x.dtype))  # [its rows, ..., r]
@@ -57,7 +58,8 @@ def multi_lora_linear_backward(
         dy: [rows, ..., out_features], the gradient with respect to h.
         the others: as they were given to `multi_lora_linear`.
     """
-    check_adapters(x, base, lora_A, lora_B, scaling, index)
+    check_base(base)
+    check_adapters(x, base.weight.shape, lora_A, lora_B, scaling, index)
     dx = dy @ dense_weight(base.weight, x.dtype)  # [rows, ..., in]
     dA, dB = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
     for adapter, rows in rows_by_adapter(index, len(lora_A)):
@@ -79,11 +81,17 @@ def rows_by_adapter(index: Tensor, adapters: int) -> Iterator[tuple[int, Tensor]
             yield adapter, rows
 
 
-def check_adapters(x: Tensor, base: Projection, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, index: Tensor) -> None:
-    """The stacked adapters fit each other and the base, and every row names one of them, or -1."""
+def check_base(base: Projection) -> None:
+    """The base has no adapter of its own."""
     if base.lora_A is not None or base.lora_B is not None or base.magnitude is not None:
         raise LoRAError("The base projection has an adapter of its own, expected weight and bias only: stack it too.")
-    out_features, in_features = base.weight.shape
+
+
+def check_adapters(
+    x: Tensor, shape: Sequence[int], lora_A: Tensor, lora_B: Tensor, scaling: Tensor, index: Tensor
+) -> None:
+    """The stacked adapters fit each other and the base, and every row names one of them, or -1."""
+    out_features, in_features = shape
     adapters, r = lora_A.shape[0], lora_A.shape[1]
     found = (list(lora_A.shape), list(lora_B.shape), list(scaling.shape), list(index.shape))
     expected = ([adapters, r, in_features], [adapters, out_features, r], [adapters], [x.shape[0]])

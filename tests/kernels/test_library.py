@@ -1,0 +1,173 @@
+"""The operators of torch.ops.lora: what torch.compile is told about them is what they do, and it sees one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora
+from lora.fast import library
+from lora.projection import Dropout, NF4Weight, Projection
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore:.*script_method.*", "ignore:.*deterministic.*")
+SHAPE = (5, 12)  # tokens, features
+
+
+def normal(device: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device)
+
+
+def nf4(device: str) -> NF4Weight:
+    return lora.ops.nf4_quantize(normal(device, 16, 12))
+
+
+def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every operator, with what is optional there and not there."""
+    x, y, z, weight = *(normal(device, *SHAPE) for _ in range(3)), normal(device, 12)
+    rho, heads, angles = torch.rand(5, device=device), normal(device, 1, 2, 5, 8), normal(device, 1, 5, 8)
+    positions = torch.arange(5, device=device).flip(0)[None]
+    A, B, quantised, place = normal(device, 3, 12), normal(device, 16, 3), nf4(device), torch.device(device)
+    q = quantised
+    decode = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, [16, 12], q.block_size, q.nested_block_size)
+    labels = torch.tensor([3, -100, 15, 0, 2], device=device)
+    dense: tuple[Any, ...] = ([normal(device, 16, 12), normal(device, 16), A, B, None], [], torch.float32, 2.0)
+    packed = ([None, None, None, None, None, *decode[:4]], [16, 12, *decode[5:]], torch.float32, 1.0)
+    none, mean = ("none", -100, None, 1.0, 0.0, 0.0, 0, 0), ("mean", -100, 9.0, 0.5, 0.1, 0.2, 7, 0)
+    index, adapters = (
+        torch.tensor([1, -1, 0, 1, 1], device=device),
+        (normal(device, 2, 3, 12), normal(device, 2, 16, 3)),
+    )
+    many = (index, *adapters, torch.tensor([1.0, 2.0], device=device), [normal(device, 16, 12), None, None, None, None])
+    many_nf4 = (*many[:4], packed[0])
+    dh, su = normal(device, 5, 16), normal(device, 5, 3)
+    return {
+        "gated_forward": [(x, y, "silu"), (x, y, "gelu_tanh")],
+        "gated_backward": [(x, y, z, "gelu")],
+        "rms_norm_forward": [(x, weight, None, 1e-6, 0.0, True), (x, weight, y, 1e-6, 1.0, False)],
+        "rms_norm_backward": [(x, y, weight, rho, None, 0.0, True), (x, y, weight, rho, z, 1.0, False)],
+        "layer_norm_forward": [(x, weight, None, None, 1e-6), (x, weight, weight + 1, y, 1e-6)],
+        "layer_norm_backward": [
+            (x, y, weight, None, rho, rho + 1, None, False), (x, y, weight, weight + 1, rho, rho + 1, z, True),
+        ],
+        "rope_rotate": [
+            (heads, heads[:, :1] + 1, angles.cos(), angles.sin(), None, False, False),
+            (heads.transpose(1, 2).contiguous().transpose(1, 2), heads + 1, angles[0].cos(), angles[0].sin(), positions,
+             True, True),
+        ],
+        "keep_mask": [([5, 12], 0.3, 7, 1, place)],
+        "drop": [(x, 0.3, 7, 1)],
+        "add_dropped": [(x, y, 0.3, 7, 1)],
+        "dora_norm": [(normal(device, 16, 12), A, B, 2.0)],
+        "nf4_decode": [(*decode, torch.float32), (*decode, torch.bfloat16)],
+        "linear_cross_entropy": [
+            (x, labels, None, None, *dense, *none, [False] * 6),
+            (x, labels, None, rho, *dense, *none, [True, False, True, True, True, False]),
+            (x, labels, torch.tensor(7.0), None, *packed, *mean, [True, False, False, False, False, False]),
+        ],
+        "multi_lora_forward": [(x, *many, [], torch.float32, 1.0), (x, *many_nf4, *packed[1:])],
+        "multi_lora_backward": [
+            (dh, x, su, *many, [], torch.float32, 1.0, [True, True, True, True, False]),
+            (dh, x, su, *many_nf4, *packed[1:], [True, False, True, False, False]),
+        ],
+    }  # fmt: skip
+
+
+def registered() -> set[str]:
+    return {
+        name.removeprefix("lora::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("lora::")
+    }
+
+
+def test_every_operator_has_samples():
+    assert registered() == set(samples("cpu"))
+
+
+@pytest.mark.parametrize("name", sorted(samples("cpu")))
+def test_an_operator_keeps_what_its_fake_form_says(name, device):
+    torch.manual_seed(0)
+    for arguments in samples(device)[name]:
+        torch.library.opcheck(getattr(torch.ops.lora, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", sorted(samples("cpu")))
+def test_an_operator_is_the_function_that_is_called_outside_of_graphs(name, device):
+    torch.manual_seed(0)
+    for arguments in samples(device)[name]:
+        copies = [[a.clone() if isinstance(a, Tensor) else a for a in arguments] for _ in range(2)]
+        direct, through = getattr(library, name)(*copies[0]), getattr(torch.ops.lora, name)(*copies[1])
+        each = [(r if isinstance(r, tuple) else (r,)) for r in (direct, through)]
+        each = [
+            [*results, *(a for a in given if isinstance(a, Tensor))]
+            for results, given in zip(each, copies, strict=True)
+        ]
+        for one, other in zip(*each, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_an_operator_has_no_silent_gradient():
+    x = normal("cpu", *SHAPE).requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.ops.lora.gated_forward(x, x, "silu").sum().backward()
+
+
+def projection(device: str, out: int, fan_in: int, **more: Any) -> Projection:
+    A, B = normal(device, 3, fan_in).requires_grad_(), normal(device, out, 3).requires_grad_()
+    return Projection(more.pop("weight", normal(device, out, fan_in)), normal(device, out), A, B, 1.5, **more)
+
+
+def operations(device: str) -> dict[str, tuple[Callable[[Tensor], Any], list[Projection]]]:
+    ops, drop = lora.ops, Dropout(0.3, 7)
+    linear, quantised = projection(device, 16, 12), projection(device, 16, 12, weight=nf4(device))
+    dora = projection(device, 16, 12, magnitude=(torch.rand(16, device=device) + 0.5).requires_grad_())
+    q, k, v = projection(device, 16, 12), projection(device, 8, 12), projection(device, 8, 12)
+    gate, up, down = projection(device, 20, 12), projection(device, 20, 12), projection(device, 12, 20)
+    weight, angles = normal(device, 12), normal(device, 5, 12)
+    labels = torch.tensor([3, -100, 15, 0, 2], device=device)
+    index, scalings = torch.tensor([1, -1, 0, 1, 1], device=device), torch.tensor([1.0, 2.0], device=device)
+    A, B = normal(device, 2, 3, 12).requires_grad_(), normal(device, 2, 16, 3).requires_grad_()
+    many, base = Projection(weight, lora_A=A, lora_B=B), linear._replace(lora_A=None, lora_B=None)
+    return {
+        "lora_linear with dropout": (lambda x: ops.lora_linear(x, linear, dropout=drop), [linear]),
+        "lora_linear with DoRA": (lambda x: ops.lora_linear(x, dora), [dora]),
+        "lora_linear in NF4": (lambda x: ops.lora_linear(x, quantised), [quantised]),
+        "lora_qkv": (lambda x: ops.lora_qkv(x, q, k, v), [q, k, v]),
+        "lora_mlp": (lambda x: ops.lora_mlp(x, gate, up, down, activation="silu", dropout=drop), [gate, up, down]),
+        "rms_norm": (lambda x: ops.rms_norm(x, weight), []),
+        "rms_norm with residual": (lambda x: ops.rms_norm(x, weight, residual=2 * x), []),
+        "layer_norm": (lambda x: ops.layer_norm(x, weight, residual=2 * x), []),
+        "rope": (lambda x: ops.rope(x.view(1, 1, 5, 12), x.view(1, 1, 5, 12) * 2, angles.cos(), angles.sin()), []),
+        "linear_cross_entropy": (lambda x: ops.linear_cross_entropy(x, linear, labels, dropout=drop), [linear]),
+        "multi_lora_linear": (lambda x: ops.multi_lora_linear(x, base, A, B, scalings, index), [many]),
+    }
+
+
+def total(outputs: Any) -> Tensor:
+    each = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.stack(
+        [(y * torch.arange(1.0, y.numel() + 1, device=y.device).view(y.shape)).sum() for y in each]
+    ).sum()
+
+
+@pytest.mark.parametrize("name", list(operations("cpu")))
+def test_an_operation_on_kernels_is_one_graph(name, device):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    operation, projections = operations(device)[name]
+    x = normal(device, *SHAPE).requires_grad_()
+    wanted = [x, *(t for p in projections for t in (p.lora_A, p.lora_B, p.magnitude) if isinstance(t, Tensor))]
+
+    def run(x: Tensor) -> Tensor:
+        return total(operation(x))
+
+    with lora.use_backend("fast"):
+        expected = [run(x), *torch.autograd.grad(run(x), wanted)]
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")(x)
+        for found, eager in zip([compiled, *torch.autograd.grad(compiled, wanted)], expected, strict=True):
+            scale = float(eager.abs().max())  # the same products, at most associated otherwise: q, k, v one by one
+            torch.testing.assert_close(found, eager, rtol=0, atol=64 * torch.finfo(torch.float32).eps * scale)
