@@ -110,8 +110,8 @@ def test_an_operator_is_the_function_that_is_called_outside_of_graphs(name, devi
             assert (one is None and other is None) or torch.equal(one, other)
 
 
-def test_an_operator_has_no_silent_gradient():
-    x = normal("cpu", *SHAPE).requires_grad_()
+def test_an_operator_has_no_silent_gradient(device):
+    x = normal(device, *SHAPE).requires_grad_()
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.ops.lora.gated_forward(x, x, "silu").sum().backward()
 
