@@ -16,6 +16,7 @@ import lora
 import lora.fast
 from lora import LoRAConfig, LoRAError, UnsupportedError
 from lora.dispatch import BACKENDS, OPERATIONS
+from lora.fast import support
 from lora.fast.support import reasons
 from lora.projection import Projection
 
@@ -72,6 +73,42 @@ def test_every_reason_is_named():
     x, projection = strange()
     found = reasons([x, projection._replace(bias=torch.empty(2, dtype=torch.float8_e5m2))])
     assert len(found) == 2 and "e4m3fn" in found[0] and "e5m2" in found[1]
+
+
+class DTensor(torch.Tensor):
+    """What `torch.distributed.tensor.DTensor` looks like from outside: a tensor class of that name."""
+
+
+def test_a_sharded_tensor_is_refused_by_name():
+    x, projection = torch.randn(3, 4), Projection(torch.randn(2, 4).as_subclass(DTensor))
+    with lora.use_backend("fast"), pytest.raises(UnsupportedError, match="a tensor is a DTensor: gather it"):
+        lora.ops.lora_linear(x, projection)
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it is on a GPU: only its device is looked at."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "expected"),
+    [
+        (True, (9, 0), []),
+        (False, (9, 0), ["cuda:0 needs Triton, which is not installed: pip install triton"]),
+        (True, (7, 5), ["cuda:0 has compute capability (7, 5): the kernels need (8, 0) or newer"]),
+        (False, (7, 5), ["needs Triton", "compute capability"]),
+    ],
+)
+def test_what_a_gpu_lacks_is_named(monkeypatch, installed, capability, expected):
+    support.device_reasons.cache_clear()
+    monkeypatch.setattr(support, "triton_installed", lambda: installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    found = reasons([torch.randn(3).as_subclass(OnGPU)])
+    assert len(found) == len(expected) and all(part in reason for part, reason in zip(expected, found, strict=True))
+    support.device_reasons.cache_clear()
 
 
 def test_auto_runs_the_fast_operation_where_it_can(monkeypatch):

@@ -416,3 +416,17 @@ def test_a_family_nobody_knows_keeps_its_forward():
     with_fast = lora.fast.for_training(model)
     assert model.lora_state.modes["fusion"].forwards == []
     assert_close(step(with_fast), expected)
+
+
+@pytest.mark.parametrize("path", ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "lm_head"])
+def test_a_hook_on_a_layer_that_fusing_would_not_call_fires(path):
+    config = LoRAConfig(r=4, init_lora_weights=False)
+    model = lora.for_training(lora.inject(build("llama"), config))
+    expected = step(model)
+    seen: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    assert_close(step(model), expected)
+    assert len(seen) == 1
+    handle.remove()
+    step(model)
+    assert len(seen) == 1

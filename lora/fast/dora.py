@@ -16,7 +16,13 @@ BLOCK_BYTES = 1 << 22  # of W + s B A held at a time
 
 @torch.no_grad()
 def dora_norm(dense: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """‖W + s B A‖ of each row, [out_features], float32 (float64 for a float64 weight)."""
+    """‖W + s B A‖ of each row, [out_features], float32 (float64 for a float64 weight); 1 for a row of zeros."""
+    norm = row_norms(dense, lora_A, lora_B, scaling)
+    return norm.masked_fill_(norm == 0, 1)
+
+
+def row_norms(dense: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖W + s B A‖ of each row, as it is."""
     if runs_triton(dense):
         return library.dora_norm(dense, lora_A, lora_B, scaling)
     wide = torch.promote_types(dense.dtype, torch.float32)

@@ -68,11 +68,11 @@ class LoRAEmbeddingFunction(FusedFunction):
         rows, lora_A, lora_B, su, gain, norm, adapted = ctx.saved_tensors
         dy = dh.reshape(-1, dh.shape[-1])  # [tokens, dim]
         _, wants_table, wants_A, wants_B, wants_m = ctx.needs_input_grad[:5]
+        dmagnitude = (dy * adapted).sum(0).to(norm.dtype) / norm if wants_m else None
+        dy = dy if gain is None else (dy * gain).to(dy.dtype)
         dtable = dy.new_zeros(ctx.vocab, dy.shape[1]).index_add_(0, rows, dy) if wants_table else None
         if lora_A is None:
             return None, dtable, None, None, None, None, None
-        dmagnitude = (dy * adapted).sum(0).to(norm.dtype) / norm if wants_m else None
-        dy = dy if gain is None else (dy * gain).to(dy.dtype)
         dB = (dy.T @ su).to(lora_B.dtype) if wants_B else None  # [dim, r]
         dA = None
         if wants_A:

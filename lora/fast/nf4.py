@@ -21,7 +21,7 @@ from lora.fast import library
 from lora.fast.runtime import runs_triton
 from lora.nf4_format import NF4_CODES
 from lora.projection import NF4Weight
-from lora.reference.nf4 import nf4_absmax
+from lora.reference.nf4 import check_block_size, check_quantisable, nf4_absmax
 from lora.reference.nf4 import nf4_quantize as reference_quantize
 
 _workspaces: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -36,8 +36,17 @@ def nf4_quantize(
     name: str = "weight",
 ) -> NF4Weight:
     """The quantised weight; arguments, result and errors as in `lora.reference.nf4.nf4_quantize`."""
-    return reference_quantize(
-        weight, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size, name=name
+    if not runs_triton(weight):
+        return reference_quantize(
+            weight, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size, name=name
+        )
+    from lora.fast.kernels import nf4 as kernels
+
+    check_block_size(block_size)
+    check_block_size(nested_block_size, "nested_block_size")
+    check_quantisable(weight, name)
+    return kernels.nf4_quantize_blocks(
+        weight, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size
     )
 
 

@@ -225,7 +225,7 @@ def mlp_forward(self: Any, x: Tensor) -> Tensor:
     """down(act(gate(x)) ⊙ up(x)) through `lora.ops`."""
     fused = hasattr(self, "gate_up_proj")
     layers = (self.gate_up_proj, self.down_proj) if fused else (self.gate_proj, self.up_proj, self.down_proj)
-    if not together(layers):
+    if not together(layers) or any(hooked(layer) for layer in layers):  # fused, they are not called
         unfused: Tensor = type(self).forward(self, x)
         return unfused
     updates = [update_of(layer) for layer in layers]
@@ -381,7 +381,8 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
     extra = bound.pop("kwargs", {})
     labels, _ = bound.pop("labels", None), bound.pop("self")
-    if labels is None or not self.training or extra.get("shift_labels") is not None:
+    watched = hooked(self.lm_head)  # fused, it is not called
+    if labels is None or not self.training or extra.get("shift_labels") is not None or watched:
         return original(self, *args, **kwargs)
     bound.pop("logits_to_keep", None)
     num_items = extra.pop("num_items_in_batch", None)

@@ -57,12 +57,15 @@ def nf4_quantize(
     pairs = index[: values.numel() + values.numel() % 2].view(-1, 2)
     codes = pairs[:, 0] << 4 | pairs[:, 1]  # [ceil(n / 2)]
     quantised = NF4Weight(codes, absmax, tuple(weight.shape), weight.dtype, block_size)
-    if not double_quant:
-        return quantised
-    offset = absmax.mean()
-    index, nested_absmax = encode(absmax - offset, DYNAMIC_CODES, nested_block_size)
+    return doubly_quantised(quantised, nested_block_size) if double_quant else quantised
+
+
+def doubly_quantised(quantised: NF4Weight, nested_block_size: int) -> NF4Weight:
+    """The same weight with its absmax, float32 so far, in 8 bits: their mean taken off, block by block."""
+    offset = quantised.absmax.mean()
+    index, nested_absmax = encode(quantised.absmax - offset, DYNAMIC_CODES, nested_block_size)
     return quantised._replace(
-        absmax=index[: absmax.numel()].clone(),  # without the padding of the last block
+        absmax=index[: quantised.absmax.numel()].clone(),  # without the padding of the last block
         nested_absmax=nested_absmax,
         nested_offset=offset,
         nested_block_size=nested_block_size,

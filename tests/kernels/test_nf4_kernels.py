@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora import fast
 from lora.errors import LoRAError
 from lora.fast.kernels.nf4 import LARGEST_TILE, nf4_dequantize_into, nf4_quantize_blocks, tiling
 from lora.nf4_format import BLOCK_SIZES, NF4_CODES, midpoints
@@ -192,3 +193,24 @@ def test_quantising_more_than_a_tile_of_a_strided_weight(device: str) -> None:
     found = nf4_quantize_blocks(weight.to(device)[:, 3:100], nested_block_size=32)
     expected = nf4_quantize(weight[:, 3:100], nested_block_size=32)
     assert torch.equal(found.codes.cpu(), expected.codes) and found.nested_block_size == 32
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_fast_operation_quantises_as_the_reference_does(nested: bool, device: str) -> None:
+    weight = normal(24, 40).bfloat16().to(device)
+    options = {"block_size": 32, "double_quant": nested, "nested_block_size": 64}
+    found, expected = fast.nf4_quantize(weight, **options), nf4_quantize(weight, **options)
+    assert torch.equal(found.codes, expected.codes)
+    assert found._replace(codes=0, absmax=0, nested_absmax=0, nested_offset=0) == expected._replace(
+        codes=0, absmax=0, nested_absmax=0, nested_offset=0
+    )
+    assert same_bits(fast.nf4_dequantize(found).cpu(), nf4_dequantize(expected).cpu())
+
+
+def test_the_fast_operation_refuses_what_the_reference_refuses(device: str) -> None:
+    weight = normal(4, 32).to(device)
+    weight[2, 5] = math.nan
+    with pytest.raises(LoRAError, match=r"q_proj is nan at \[2, 5\]"):
+        fast.nf4_quantize(weight, name="q_proj")
+    with pytest.raises(LoRAError, match="block_size"):
+        fast.nf4_quantize(weight, block_size=33)

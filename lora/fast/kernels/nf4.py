@@ -35,7 +35,7 @@ from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.fast.runtime import interpreting
 from lora.nf4_format import DYNAMIC_CODES, NF4_CODES, midpoints
 from lora.projection import NF4Weight
-from lora.reference.nf4 import SMALLEST_ABSMAX, encode, nf4_bytes
+from lora.reference.nf4 import SMALLEST_ABSMAX, doubly_quantised, nf4_bytes
 
 CODES_IN_WORD = 8
 LARGEST_TILE = 8192
@@ -231,16 +231,7 @@ def nf4_quantize_blocks(
             BLOCK_SIZE=block_size, BLOCKS=blocks, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     quantised = NF4Weight(codes, absmax, tuple(weight.shape), weight.dtype, block_size)
-    if not double_quant:
-        return quantised
-    offset = absmax.mean()
-    index, nested_absmax = encode(absmax - offset, DYNAMIC_CODES, nested_block_size)
-    return quantised._replace(
-        absmax=index[: absmax.numel()].clone(),  # without the padding of the last block
-        nested_absmax=nested_absmax,
-        nested_offset=offset,
-        nested_block_size=nested_block_size,
-    )
+    return doubly_quantised(quantised, nested_block_size) if double_quant else quantised
 
 
 class Tables(NamedTuple):
