@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora.fast.parts import TENSORS, part_of
+from lora.fast.parts import TENSORS, part_of, term_of
 from lora.fast.runtime import runs_triton
 from lora.projection import Dropout, NF4Weight
 from lora.reference.multi_lora import check_adapters
@@ -53,31 +53,53 @@ def operator(fake: Callable[..., Any], writes: Sequence[str] = ()) -> Callable[[
 # ---- activation
 
 
-def _fake_gated_forward(g: Tensor, z: Tensor, activation: str) -> Tensor:
+def _fake_gated_forward(
+    g: Tensor, z: Tensor, activation: str,
+    g_u: Tensor | None, g_factor: Tensor | None, g_scale: float,
+    z_u: Tensor | None, z_factor: Tensor | None, z_scale: float,
+) -> Tensor:  # fmt: skip
     return g.new_empty(g.shape, dtype=torch.promote_types(g.dtype, z.dtype))
 
 
 @operator(_fake_gated_forward)
-def gated_forward(g: Tensor, z: Tensor, activation: str) -> Tensor:
-    """h = act(g) ⊙ z, [tokens, hidden]."""
+def gated_forward(
+    g: Tensor, z: Tensor, activation: str,
+    g_u: Tensor | None, g_factor: Tensor | None, g_scale: float,
+    z_u: Tensor | None, z_factor: Tensor | None, z_scale: float,
+) -> Tensor:  # fmt: skip
+    """h = act(g) ⊙ z, [tokens, hidden], with g and z plus a low-rank term each."""
     from lora.fast.kernels import activation as kernels
 
-    return kernels.gated_forward(g, z, activation)
+    plus_g, plus_z = term_of(g_u, g_factor, g_scale), term_of(z_u, z_factor, z_scale)
+    return kernels.gated_forward(g, z, activation, plus_g=plus_g, plus_z=plus_z)
 
 
-def _fake_gated_backward(dh: Tensor, g: Tensor, z: Tensor, activation: str) -> Tensor:
-    return dh.new_empty(dh.shape[0], 2 * dh.shape[1])
+def _fake_gated_backward(
+    dh: Tensor, g: Tensor, z: Tensor, activation: str,
+    dh_u: Tensor | None, dh_factor: Tensor | None, dh_scale: float,
+    g_u: Tensor | None, g_factor: Tensor | None, g_scale: float,
+    z_u: Tensor | None, z_factor: Tensor | None, z_scale: float, with_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return dh.new_empty(dh.shape[0], 2 * dh.shape[1]), dh.new_empty(dh.shape if with_h else 0)
 
 
 @operator(_fake_gated_backward)
-def gated_backward(dh: Tensor, g: Tensor, z: Tensor, activation: str) -> Tensor:
-    """dg and dz side by side, [tokens, 2·hidden]."""
+def gated_backward(
+    dh: Tensor, g: Tensor, z: Tensor, activation: str,
+    dh_u: Tensor | None, dh_factor: Tensor | None, dh_scale: float,
+    g_u: Tensor | None, g_factor: Tensor | None, g_scale: float,
+    z_u: Tensor | None, z_factor: Tensor | None, z_scale: float, with_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dg and dz side by side, [tokens, 2·hidden], and h (empty where it is not wanted), with dh, g and z plus terms."""
     from lora.fast.kernels import activation as kernels
 
-    both = dh.new_empty(dh.shape[0], 2 * dh.shape[1])
+    both, h = dh.new_empty(dh.shape[0], 2 * dh.shape[1]), dh.new_empty(dh.shape if with_h else 0)
     dg, dz = both.chunk(2, dim=1)
-    kernels.gated_backward(dh, g, z, activation, dg=dg, dz=dz)
-    return both
+    kernels.gated_backward(
+        dh, g, z, activation, dg=dg, dz=dz, h=h if with_h else None, plus_dh=term_of(dh_u, dh_factor, dh_scale),
+        plus_g=term_of(g_u, g_factor, g_scale), plus_z=term_of(z_u, z_factor, z_scale),
+    )  # fmt: skip
+    return both, h
 
 
 # ---- norm

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,18 +108,22 @@ def forward_group(
     keeps_adapted: Sequence[bool],
     wanted: bool = True,
     out: Tensor | None = None,
+    factors: Factors | None = None,
+    adds: bool = True,
 ) -> tuple[tuple[Tensor, ...], Kept]:
     """h_i = x W_iᵀ + b_i + s_i · (D(x) A_iᵀ) B_iᵀ of each part, the columns of one buffer.
 
     Args:
         wanted: False where only what is kept matters; the outputs are then left as they are in memory.
         out: the buffer, [tokens, Σ out]; a new one by default.
+        factors: `factors_of(parts, x's type)`, where the caller has them already.
+        adds: False where the caller adds the updates itself: the outputs are then x W_iᵀ + b_i.
     """
     dtype, none = rows.dtype, (None,) * len(parts)
     sizes = [part.out_features for part in parts]
     h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
     outputs = h.split(sizes, dim=1)
-    adapted_input, u, factors = rows, None, factors_of(parts, dtype)
+    adapted_input, u, factors = rows, None, factors or factors_of(parts, dtype)
     if factors is not None:
         adapted_input = apply_dropout(rows, dropout)
         u = torch.mm(adapted_input, factors.A.T)  # [tokens, Σ r]
@@ -129,7 +133,7 @@ def forward_group(
     gains: list[Tensor | None] = list(none)
     norms: list[Tensor | None] = list(none)
     adapted: list[Tensor | None] = list(none)
-    if factors is not None and u is not None:
+    if factors is not None and u is not None and adds:
         thin = u.split([part.rank for part in parts], dim=1)
         for i, (part, h_i, u_i, B) in enumerate(zip(parts, outputs, thin, factors.B, strict=True)):
             if B is not None and part.magnitude is None:
@@ -179,6 +183,15 @@ def A_of(factors: Factors, i: int) -> Tensor:
     return factors.A.narrow(0, sum(ranks[:i]), ranks[i])
 
 
+class Upstream(NamedTuple):
+    """What reaches a group from behind, taken back through the B's."""
+
+    dys: Sequence[Tensor]  # [tokens, out_i] each
+    dhs: Sequence[Tensor]  # [tokens, out_i] each: what reaches the update, g ⊙ dy with DoRA
+    du: Tensor | None  # [tokens, Σ r]
+    factors: Factors | None
+
+
 def backward_group(
     dys: Sequence[Tensor],
     rows: Tensor | None,
@@ -187,29 +200,55 @@ def backward_group(
     dropout: Dropout | KeepRows | None,
     wants_x: bool,
     needs: Sequence[Sequence[bool]],
+    factors: Factors | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
     """dx of the group, and each part's (dweight, dbias, dlora_A, dlora_B, dmagnitude); None where not needed.
 
     Args:
         dys: [tokens, out_i] each. needs: for each part, which of its five tensors want a gradient.
+        factors: `factors_of(parts, dy's type)`, where the caller has them already.
     """
+    upstream = upstream_of(dys, parts, kept, wants_x, needs, factors)
+    gradients = part_gradients(upstream, rows, parts, kept, dropout, needs)
+    return input_gradient(upstream, parts, kept, dropout) if wants_x else None, gradients
+
+
+def upstream_of(
+    dys: Sequence[Tensor],
+    parts: Sequence[Part],
+    kept: Kept,
+    wants_x: bool,
+    needs: Sequence[Sequence[bool]],
+    factors: Factors | None = None,
+) -> Upstream:
+    """du = s_i · dh_i B_i and what it is made of."""
+    factors = factors or factors_of(parts, dys[0].dtype)
+    if factors is None:
+        return Upstream(dys, dys, None, None)
+    dhs = [dy if gain is None else dy * gain for dy, gain in zip(dys, kept.gains, strict=True)]
+    wanted = wants_x or any(need[2] for need in needs)
+    return Upstream(dys, dhs, through_B(dhs, parts, factors) if wanted else None, factors)
+
+
+def part_gradients(
+    upstream: Upstream,
+    rows: Tensor | None,
+    parts: Sequence[Part],
+    kept: Kept,
+    dropout: Dropout | KeepRows | None,
+    needs: Sequence[Sequence[bool]],
+) -> list[tuple[Tensor | None, ...]]:
+    """Each part's (dweight, dbias, dlora_A, dlora_B, dmagnitude); None where not needed."""
     gradients: list[list[Tensor | None]] = []
-    for dy, gain, norm, z, need in zip(dys, kept.gains, kept.norms, kept.adapted, needs, strict=True):
+    for dy, gain, norm, z, need in zip(upstream.dys, kept.gains, kept.norms, kept.adapted, needs, strict=True):
         dweight = weight_gradient(dy, rows, gain, dropout) if need[0] and rows is not None else None
         dbias = dy.sum(0) if need[1] else None
         # dg/dm = 1 / norm
         dmagnitude = (dy * z).sum(0).to(norm.dtype) / norm if norm is not None and z is not None and need[4] else None
         gradients.append([dweight, dbias, None, None, dmagnitude])
-    factors = factors_of(parts, dys[0].dtype)
-    du = None
-    if factors is not None:
-        # [tokens, out_i] each: what reaches the update
-        dhs = [dy if gain is None else dy * gain for dy, gain in zip(dys, kept.gains, strict=True)]
-        if wants_x or any(need[2] for need in needs):
-            du = through_B(dhs, parts, factors)
-        adapter_gradients(gradients, dhs, du, rows, parts, kept, dropout, needs)
-    dx = input_gradient(dys, du, parts, factors, kept, dropout) if wants_x else None
-    return dx, [tuple(row) for row in gradients]
+    if upstream.factors is not None:
+        adapter_gradients(gradients, upstream.dhs, upstream.du, rows, parts, kept, dropout, needs)
+    return [tuple(row) for row in gradients]
 
 
 def through_B(dhs: Sequence[Tensor], parts: Sequence[Part], factors: Factors) -> Tensor:
@@ -264,15 +303,9 @@ def weight_gradient(dy: Tensor, rows: Tensor, gain: Tensor | None, dropout: Drop
     return dweight.addmm_((dy * (gain - 1)).T, apply_dropout(rows, dropout))
 
 
-def input_gradient(
-    dys: Sequence[Tensor],
-    du: Tensor | None,
-    parts: Sequence[Part],
-    factors: Factors | None,
-    kept: Kept,
-    dropout: Dropout | KeepRows | None,
-) -> Tensor:
+def input_gradient(upstream: Upstream, parts: Sequence[Part], kept: Kept, dropout: Dropout | KeepRows | None) -> Tensor:
     """dx = Σ dy_i W_i + D(Σ du_i A_i), and DoRA's part of it, [tokens, in]."""
+    dys, _, du, factors = upstream
     if du is None or factors is None:
         return back_through(dys, parts)
     if dropout is None:

@@ -29,7 +29,8 @@ from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
 from lora.reference.loss import Reduction, as_projection, check_options, read_labels
 
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of logits at a time: 170 tokens of a 49k vocabulary, or 523 of 128k
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of logits at a time: 128 tokens of a 49k vocabulary, 1024 of 128k
+TILE_ROWS = 128  # of a product's tile on a GPU
 
 
 def linear_cross_entropy(
@@ -188,7 +189,7 @@ def run_chunks(
     losses = rows.new_empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
     dx = torch.empty_like(rows) if needs[0] else None
     totals: list[Tensor | None] = [None] * 5
-    step = max(1, CHUNK_BYTES.get(rows.device.type, 1 << 28) // (part.out_features * rows.itemsize))
+    step = chunk_rows(part.out_features * rows.itemsize, rows.device.type)
     space = rows.new_empty(min(step, len(rows)), part.out_features)  # every chunk's logits, then their gradients
     for start in range(0, len(rows), step):
         chunk = slice(start, start + step)
@@ -206,6 +207,12 @@ def run_chunks(
             if gradient is not None:
                 totals[i] = gradient if totals[i] is None else totals[i].add_(gradient)  # type: ignore[union-attr]
     return Results(losses, dx, totals)
+
+
+def chunk_rows(row_bytes: int, kind: str) -> int:
+    """How many tokens' logits are made at a time: whole tiles of a matrix product, where there are several."""
+    rows = max(1, CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]) // row_bytes)
+    return rows // TILE_ROWS * TILE_ROWS or rows
 
 
 def kept_rows(shape: torch.Size, dropout: Dropout | None, counted: Tensor) -> KeepRows | None:

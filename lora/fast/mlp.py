@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,18 @@ from torch import Tensor
 
 from lora.fast import library
 from lora.fast.checkpoint import product_is_wanted
-from lora.fast.linear import Kept, backward_group, forward_group, saved_by
-from lora.fast.operands import as_autocast, as_rows
-from lora.fast.parts import TENSORS, packed, unpacked
+from lora.fast.linear import (
+    Kept,
+    Upstream,
+    backward_group,
+    forward_group,
+    input_gradient,
+    part_gradients,
+    saved_by,
+    upstream_of,
+)
+from lora.fast.operands import Factors, as_autocast, as_rows, back_through, factors_of
+from lora.fast.parts import MAX_RANK, TENSORS, LowRank, Part, flat_term, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.mlp import check_activation, hidden_dropout
@@ -49,14 +59,17 @@ class LoRAMLP(FusedFunction):
         parts = packed(static, tensors)
         rows = as_rows(x)
         wants_m = [ctx.needs_input_grad[4 + TENSORS * i + 4] for i in range(3)]
-        (g, z), above = forward_group(rows, parts[:2], dropout, wants_m[:2])
-        h = gated_forward(g, z, activation)  # [tokens, hidden]
+        factors = factors_of(parts[:2], rows.dtype)
+        adds = not takes_updates(parts[:2], rows)
+        (g, z), above = forward_group(rows, parts[:2], dropout, wants_m[:2], factors=factors, adds=adds)
+        updates = NO_UPDATES if adds else updates_of(parts[:2], above.u, factors)
+        h = gated_forward(g, z, activation, updates)  # [tokens, hidden]
         wanted = product_is_wanted(3 + saved_by(parts[:2], wants_m[:2]) + saved_by(parts[2:], wants_m[2:]))
         (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted)
         small = (above.u, *above.gains, *above.norms, *above.adapted)
         small += (below.u, *below.gains, *below.norms, *below.adapted)
         ctx.save_for_backward(rows, g, z, *tensors, *small)
-        ctx.static, ctx.activation, ctx.dropout, ctx.shape = static, activation, dropout, x.shape
+        ctx.static, ctx.activation, ctx.dropout, ctx.shape, ctx.adds = static, activation, dropout, x.shape, adds
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
@@ -67,46 +80,87 @@ class LoRAMLP(FusedFunction):
         above = Kept(small[0], tuple(small[1:3]), tuple(small[3:5]), tuple(small[5:7]))
         below = Kept(small[7], (small[8],), (small[9],), (small[10],))
         needs = [ctx.needs_input_grad[4 + TENSORS * i : 4 + TENSORS * (i + 1)] for i in range(3)]
-        needs_above = ctx.needs_input_grad[0] or any(any(need) for need in needs[:2])
-
+        wants_x, dropout = ctx.needs_input_grad[0], hidden_dropout(ctx.dropout)
+        needs_above = wants_x or any(any(need) for need in needs[:2])
         needs_h = needs[2][0] or needs[2][2]  # only a down projection that trains reads h again
-        h = gated_forward(g, z, ctx.activation) if needs_h else None
-        dh, of_down = backward_group(
-            [as_rows(dy)], h, parts[2:], below, hidden_dropout(ctx.dropout), needs_above, needs[2:]
-        )
+
+        factors = factors_of(parts[:2], rows.dtype)
+        updates = NO_UPDATES if ctx.adds else updates_of(parts[:2], above.u, factors)
+        behind = upstream_of([as_rows(dy)], parts[2:], below, needs_above, needs[2:])
+        h: Tensor | None = None
         dx: Tensor | None = None
         of_above: list[tuple[Tensor | None, ...]] = [(None,) * TENSORS] * 2
-        if dh is not None:
-            dg, dz = gated_backward(dh, g, z, ctx.activation)
-            dx, of_above = backward_group(
-                [dg, dz], rows, parts[:2], above, ctx.dropout, ctx.needs_input_grad[0], needs[:2]
-            )
+        if needs_above:
+            dh, plus_dh = hidden_gradient(behind, parts[2:], below, dropout)
+            dg, dz, h = gated_backward(dh, g, z, ctx.activation, (plus_dh, *updates), needs_h)
+            dx, of_above = backward_group([dg, dz], rows, parts[:2], above, ctx.dropout, wants_x, needs[:2], factors)
+        elif needs_h:
+            h = gated_forward(g, z, ctx.activation, updates)
+        of_down = part_gradients(behind, h, parts[2:], below, dropout, needs[2:])
         gradients = itertools.chain.from_iterable([*of_above, *of_down])
         return None if dx is None else dx.view(ctx.shape), None, None, None, *gradients
 
 
-def gated_forward(g: Tensor, z: Tensor, activation: str) -> Tensor:
-    """h = act(g) ⊙ z, [tokens, hidden]."""
+Updates = tuple[LowRank | None, ...]
+NO_UPDATES: Updates = (None, None)
+
+
+def takes_updates(parts: Sequence[Part], rows: Tensor) -> bool:
+    """Whether the activation kernels can add these parts' updates to what they read."""
+    return runs_triton(rows) and all(part.magnitude is None and part.rank <= MAX_RANK for part in parts)
+
+
+def updates_of(parts: Sequence[Part], u: Tensor | None, factors: Factors | None) -> Updates:
+    """s_i · u_i B_iᵀ of each part, for a kernel; None where there is no adapter."""
+    if u is None or factors is None:
+        return NO_UPDATES
+    thin = u.split([part.rank for part in parts], dim=1)
+    return tuple(
+        None if B is None else LowRank(u_i, B, part.scaling)
+        for u_i, B, part in zip(thin, factors.B, parts, strict=True)
+    )
+
+
+def hidden_gradient(
+    behind: Upstream, parts: Sequence[Part], kept: Kept, dropout: Dropout | None
+) -> tuple[Tensor, LowRank | None]:
+    """dh = dy W + du A, [tokens, hidden]; the second term apart, if the activation's kernel can add it."""
+    if behind.du is None or behind.factors is None or dropout is not None or not takes_updates(parts, behind.du):
+        return input_gradient(behind, parts, kept, dropout), None
+    return back_through(behind.dys, parts), LowRank(behind.du, behind.factors.A.T, 1.0)
+
+
+def gated_forward(g: Tensor, z: Tensor, activation: str, updates: Updates = NO_UPDATES) -> Tensor:
+    """h = act(g) ⊙ z, [tokens, hidden]; on kernels g and z may have an update to be added first."""
     if runs_triton(g):
-        return library.gated_forward(g, z, activation)
+        return library.gated_forward(g, z, activation, *flat_term(updates[0]), *flat_term(updates[1]))
     if activation == "silu":
         return F.silu(g).mul_(z)
     return F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(z)
 
 
-def gated_backward(dh: Tensor, g: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """dg = dh ⊙ z ⊙ act'(g) and dz = dh ⊙ act(g): the two halves of one buffer [tokens, 2·hidden]."""
+def gated_backward(
+    dh: Tensor, g: Tensor, z: Tensor, activation: str, updates: Updates = (None, *NO_UPDATES), with_h: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dg = dh ⊙ z ⊙ act'(g) and dz = dh ⊙ act(g), the two halves of one buffer [tokens, 2·hidden]; h where wanted.
+
+    On kernels dh, g and z may have an update to be added first.
+    """
     if runs_triton(g):
-        dg, dz = library.gated_backward(dh, g, z, activation).chunk(2, dim=1)
-        return dg, dz
+        plus_dh, plus_g, plus_z = (flat_term(update) for update in updates)
+        both, made = library.gated_backward(dh, g, z, activation, *plus_dh, *plus_g, *plus_z, with_h)
+        dg, dz = both.chunk(2, dim=1)
+        return dg, dz, made if with_h else None
     both = dh.new_empty(len(dh), 2 * dh.shape[1])
     dg, dz = both.chunk(2, dim=1)
     wide = torch.promote_types(g.dtype, torch.float32)
     g_wide = g.to(wide)
     act, slope = activation_and_slope(g_wide, activation)
-    dz.copy_(act.to(dh.dtype).mul_(dh))
+    act = act.to(dh.dtype)
     dg.copy_(slope.mul_(z).mul_(dh))
-    return dg, dz
+    h = act * z if with_h else None
+    dz.copy_(act.mul_(dh))
+    return dg, dz, h
 
 
 def activation_and_slope(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from lora.errors import LoRAError
 from lora.fast import library
 from lora.fast.runtime import runs_triton
-from lora.nf4_format import NF4_CODES
+from lora.nf4_format import NF4_CODES, check_block_size
 from lora.projection import NF4Weight
-from lora.reference.nf4 import check_block_size, check_quantisable, nf4_absmax
+from lora.reference.nf4 import check_quantisable, nf4_absmax
 from lora.reference.nf4 import nf4_quantize as reference_quantize
 
 _workspaces: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}

@@ -39,6 +39,27 @@ class Part(NamedTuple):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
+class LowRank(NamedTuple):
+    """A low-rank term that a kernel adds to an operand as it reads it: scale · u factorᵀ."""
+
+    u: Tensor  # [tokens, r]
+    factor: Tensor  # [features, r]
+    scale: float
+
+
+MAX_RANK = 64  # of such a term
+
+
+def flat_term(term: LowRank | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """A term, or none, as an operator takes it."""
+    return (None, None, 0.0) if term is None else term
+
+
+def term_of(u: Tensor | None, factor: Tensor | None, scale: float) -> LowRank | None:
+    """The inverse of `flat_term`."""
+    return None if u is None or factor is None else LowRank(u, factor, scale)
+
+
 def unpacked(projections: Sequence[Projection]) -> tuple[list[Static], list[Tensor | None]]:
     """What autograd does not see of each projection, and the five tensors of each that it does."""
     static: list[Static] = []

@@ -43,10 +43,13 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
     )
     many = (index, *adapters, torch.tensor([1.0, 2.0], device=device), [normal(device, 16, 12), None, None, None, None])
     many_nf4 = (*many[:4], packed[0])
+    term, no_term = (normal(device, 5, 3), normal(device, 12, 3), 2.0), (None, None, 0.0)
     dh, su = normal(device, 5, 16), normal(device, 5, 3)
     return {
-        "gated_forward": [(x, y, "silu"), (x, y, "gelu_tanh")],
-        "gated_backward": [(x, y, z, "gelu")],
+        "gated_forward": [(x, y, "silu", *no_term, *no_term), (x, y, "gelu_tanh", *term, *no_term)],
+        "gated_backward": [
+            (x, y, z, "gelu", *no_term, *no_term, *no_term, False), (x, y, z, "silu", *term, *no_term, *term, True),
+        ],
         "rms_norm_forward": [(x, weight, None, 1e-6, 0.0, True), (x, weight, y, 1e-6, 1.0, False)],
         "rms_norm_backward": [(x, y, weight, rho, None, 0.0, True), (x, y, weight, rho, z, 1.0, False)],
         "layer_norm_forward": [(x, weight, None, None, 1e-6), (x, weight, weight + 1, y, 1e-6)],
@@ -113,7 +116,7 @@ def test_an_operator_is_the_function_that_is_called_outside_of_graphs(name, devi
 def test_an_operator_has_no_silent_gradient(device):
     x = normal(device, *SHAPE).requires_grad_()
     with pytest.raises(RuntimeError, match="no autograd formula"):
-        torch.ops.lora.gated_forward(x, x, "silu").sum().backward()
+        torch.ops.lora.gated_forward(x, x, "silu", None, None, 0.0, None, None, 0.0).sum().backward()
 
 
 def projection(device: str, out: int, fan_in: int, **more: Any) -> Projection:

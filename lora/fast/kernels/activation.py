@@ -10,12 +10,16 @@ Everything between the loads and the stores is float32 (float64 for float64), an
 Moved: forward two numbers read and one written an element, backward three read and two written (three with h). There
 is no reuse, so a tile is only as large as it takes for each of 128 threads to issue 128-bit loads of every operand;
 its rows are part of a row of the matrix, or several rows where they are short.
+
+An adapter's update may be added on the way in: g + s u Bᵀ (z, dh alike) instead of g, made of tiles of u and B by a
+matrix instruction where g is read. So g and z leave the frozen product as they are, and the pass over memory that
+would add the updates to them, as wide as the hidden layer, is saved. Its tiles are taller, to use a tile of B for more
+than one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -23,20 +27,32 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError
-from lora.fast.kernels.compile_check import POINTER, KernelSpec
+from lora.fast.kernels.common import as_rows, matrix_product, output_rows, precision_of, rank_block, wide_type
+from lora.fast.kernels.compile_check import KernelSpec, spec_of
+from lora.fast.parts import MAX_RANK, LowRank
+from lora.fast.runtime import interpreting
 from lora.reference.mlp import check_activation
 
 TILE = 1024  # elements a program: 8 a thread, one 128-bit load of a 16-bit operand
 NUM_WARPS = 4
+UPDATED_TILE = {"BLOCK_M": 16, "BLOCK_N": 128}  # where one is
 
 
-def gated_forward(g: Tensor, z: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """h = act(g) ⊙ z.
+def gated_forward(
+    g: Tensor,
+    z: Tensor,
+    activation: str,
+    out: Tensor | None = None,
+    plus_g: LowRank | None = None,
+    plus_z: LowRank | None = None,
+) -> Tensor:
+    """h = act(g) ⊙ z, where g and z are taken plus a low-rank term each, if there is one.
 
     Args:
         g, z: [..., hidden], of one shape; rows may be strided (two halves of one buffer, say).
         activation: "silu", "gelu" or "gelu_tanh".
         out: [..., hidden], where to write h; rows may be strided. It may be g or z itself.
+        plus_g, plus_z: u [tokens, r], r at most MAX_RANK, features side by side, and factor [hidden, r], any strides.
 
     Returns: `out`, or a new tensor in the wider dtype of g and z.
     Raises: LoRAError for another activation, or an `out` that cannot be written in place.
@@ -47,11 +63,15 @@ def gated_forward(g: Tensor, z: Tensor, activation: str, out: Tensor | None = No
         return h
     g_rows, z_rows, h_rows = as_rows(g), as_rows(z), output_rows(h, g.shape, "out")
     M, N = g_rows.shape
-    tile = tile_of(N)
+    terms = (plus_g, plus_z)
+    tile = UPDATED_TILE if any(terms) else tile_of(N)
     with torch.cuda.device(g.get_device()):
         gated_forward_kernel[tiles(M, N, tile)](
-            g_rows, z_rows, h_rows, M, N, g_rows.stride(0), z_rows.stride(0), h_rows.stride(0),
-            ACTIVATION=activation, WIDE=wide_type(g, z), **tile, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            g_rows, z_rows, h_rows, *of_term(plus_g), *of_term(plus_z), M, N,
+            g_rows.stride(0), z_rows.stride(0), h_rows.stride(0),
+            ACTIVATION=activation, WIDE=wide_type(g, z), RANK_G=block_rank(plus_g), RANK_Z=block_rank(plus_z),
+            PRECISION=precision_of(g.dtype), INTERPRET=interpreting(), **tile, num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return h
 
@@ -66,8 +86,13 @@ def gated_backward(
     dz: Tensor | None = None,
     h: Tensor | None = None,
     with_h: bool = False,
+    plus_dh: LowRank | None = None,
+    plus_g: LowRank | None = None,
+    plus_z: LowRank | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dg = dh ⊙ z ⊙ act'(g), dz = dh ⊙ act(g), and h = act(g) ⊙ z again where it is wanted, from one read of each.
+
+    dh, g and z are taken plus a low-rank term each, if there is one, as in `gated_forward`.
 
     Args:
         dh, g, z: [..., hidden], of one shape; rows may be strided.
@@ -75,6 +100,7 @@ def gated_backward(
         dg, dz, h: where to write the results; rows may be strided. Each may be dh, g or z itself: a program reads all
             of its elements before it writes any. Buffers that overlap in any other way give nonsense.
         with_h: whether to compute h without a buffer for it.
+        plus_dh, plus_g, plus_z: as in `gated_forward`.
 
     Returns: (dg, dz, h); new tensors where no buffer was given, h None where it was not wanted.
     Raises: LoRAError as `gated_forward` does.
@@ -90,36 +116,54 @@ def gated_backward(
     dg_rows, dz_rows = output_rows(dg, g.shape, "dg"), output_rows(dz, g.shape, "dz")
     h_rows = None if h is None else output_rows(h, g.shape, "h")
     M, N = g_rows.shape
-    tile = tile_of(N)
+    terms = (plus_dh, plus_g, plus_z)
+    tile = UPDATED_TILE if any(terms) else tile_of(N)
     with torch.cuda.device(g.get_device()):
         gated_backward_kernel[tiles(M, N, tile)](
-            dh_rows, g_rows, z_rows, dg_rows, dz_rows, h_rows, M, N,
+            dh_rows, g_rows, z_rows, dg_rows, dz_rows, h_rows,
+            *of_term(plus_dh), *of_term(plus_g), *of_term(plus_z), M, N,
             dh_rows.stride(0), g_rows.stride(0), z_rows.stride(0), dg_rows.stride(0), dz_rows.stride(0),
             0 if h_rows is None else h_rows.stride(0),
-            ACTIVATION=activation, WIDE=wide_type(dh, g, z), **tile, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            ACTIVATION=activation, WIDE=wide_type(dh, g, z), RANK_DH=block_rank(plus_dh), RANK_G=block_rank(plus_g),
+            RANK_Z=block_rank(plus_z), PRECISION=precision_of(g.dtype), INTERPRET=interpreting(), **tile,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dg, dz, h
 
 
 @triton.jit
 def gated_forward_kernel(
-    g_ptr, z_ptr, h_ptr, M, N, stride_g, stride_z, stride_h,
-    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    g_ptr, z_ptr, h_ptr,
+    g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r,
+    z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r,
+    M, N, stride_g, stride_z, stride_h, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    RANK_G: tl.constexpr, RANK_Z: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of h [M, N]."""
     o_m, o_n = tile_offsets(N, BLOCK_M, BLOCK_N)
     m_mn = (o_m < M) & (o_n < N)
     b_g = tl.load(g_ptr + o_m * stride_g + o_n, mask=m_mn, other=0.0).to(WIDE)
     b_z = tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0).to(WIDE)
+    if RANK_G:
+        b_g = plus_low_rank(b_g, g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r, o_m, o_n, M, N,
+                            RANK_G, PRECISION, INTERPRET)  # fmt: skip
+    if RANK_Z:
+        b_z = plus_low_rank(b_z, z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r, o_m, o_n, M, N,
+                            RANK_Z, PRECISION, INTERPRET)  # fmt: skip
     b_a, _ = activation_and_slope(b_g, ACTIVATION)
     tl.store(h_ptr + o_m * stride_h + o_n, (b_a * b_z).to(h_ptr.dtype.element_ty), mask=m_mn)
 
 
 @triton.jit
 def gated_backward_kernel(
-    dh_ptr, g_ptr, z_ptr, dg_ptr, dz_ptr, h_ptr, M, N,
-    stride_dh, stride_g, stride_z, stride_dg, stride_dz, stride_h,
-    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dh_ptr, g_ptr, z_ptr, dg_ptr, dz_ptr, h_ptr,
+    dh_u, dh_factor, dh_scale, dh_r, dh_stride_u, dh_stride_n, dh_stride_r,
+    g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r,
+    z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r,
+    M, N, stride_dh, stride_g, stride_z, stride_dg, stride_dz, stride_h, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    RANK_DH: tl.constexpr, RANK_G: tl.constexpr, RANK_Z: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of dg and dz [M, N], and of h unless its pointer is None."""
     o_m, o_n = tile_offsets(N, BLOCK_M, BLOCK_N)
@@ -127,11 +171,34 @@ def gated_backward_kernel(
     b_dh = tl.load(dh_ptr + o_m * stride_dh + o_n, mask=m_mn, other=0.0).to(WIDE)
     b_g = tl.load(g_ptr + o_m * stride_g + o_n, mask=m_mn, other=0.0).to(WIDE)
     b_z = tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0).to(WIDE)
+    if RANK_DH:
+        b_dh = plus_low_rank(b_dh, dh_u, dh_factor, dh_scale, dh_r, dh_stride_u, dh_stride_n, dh_stride_r, o_m, o_n,
+                             M, N, RANK_DH, PRECISION, INTERPRET)  # fmt: skip
+    if RANK_G:
+        b_g = plus_low_rank(b_g, g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r, o_m, o_n, M, N,
+                            RANK_G, PRECISION, INTERPRET)  # fmt: skip
+    if RANK_Z:
+        b_z = plus_low_rank(b_z, z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r, o_m, o_n, M, N,
+                            RANK_Z, PRECISION, INTERPRET)  # fmt: skip
     b_a, b_slope = activation_and_slope(b_g, ACTIVATION)
     tl.store(dg_ptr + o_m * stride_dg + o_n, (b_dh * b_z * b_slope).to(dg_ptr.dtype.element_ty), mask=m_mn)
     tl.store(dz_ptr + o_m * stride_dz + o_n, (b_dh * b_a).to(dz_ptr.dtype.element_ty), mask=m_mn)
     if h_ptr is not None:
         tl.store(h_ptr + o_m * stride_h + o_n, (b_a * b_z).to(h_ptr.dtype.element_ty), mask=m_mn)
+
+
+@triton.jit
+def plus_low_rank(
+    b_x, u_ptr, factor_ptr, scale, R, stride_u, stride_n, stride_r, o_m, o_n, M, N,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """x + scale · u factorᵀ for one tile: u [M, R] with neighbours side by side, factor [N, R]."""
+    o_r = tl.arange(0, RANK)
+    b_u = tl.load(u_ptr + o_m * stride_u + o_r[None, :], mask=(o_m < M) & (o_r[None, :] < R), other=0.0)
+    p_factor = factor_ptr + o_n.to(tl.int64) * stride_n + o_r[:, None].to(tl.int64) * stride_r
+    b_factor = tl.load(p_factor, mask=(o_n < N) & (o_r[:, None] < R), other=0.0)  # [RANK, BLOCK_N]
+    b_update = tl.zeros((b_x.shape[0], b_x.shape[1]), tl.float32)
+    return b_x + scale * matrix_product(b_u, b_factor, b_update, PRECISION, INTERPRET)
 
 
 @triton.jit
@@ -175,65 +242,61 @@ def tile_of(N: int) -> dict[str, int]:
     return {"BLOCK_M": TILE // block, "BLOCK_N": block}
 
 
+def of_term(term: LowRank | None) -> tuple[Tensor | None, Tensor | None, float, int, int, int, int]:
+    """What a kernel is given of a low-rank term, or of none."""
+    if term is None:
+        return None, None, 0.0, 0, 0, 0, 0
+    u = term.u if term.u.stride(1) == 1 or term.u.shape[1] == 1 else term.u.contiguous()
+    stride_n, stride_r = term.factor.stride()
+    return u, term.factor, float(term.scale), u.shape[1], u.stride(0), stride_n, stride_r
+
+
+def block_rank(term: LowRank | None) -> int:
+    """The ranks a matrix instruction is given, from 16 on; 0 without a term."""
+    if term is None:
+        return 0
+    if term.u.shape[1] > MAX_RANK:
+        raise LoRAError(f"a term of rank {term.u.shape[1]} is to be added on the way in, expected at most {MAX_RANK}.")
+    return rank_block(term.u.shape[1])
+
+
 def tiles(M: int, N: int, tile: Mapping[str, int]) -> tuple[int]:
     """The grid: one program a tile."""
     return (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
 
 
-def wide_type(*tensors: Tensor) -> Any:
-    """Triton's type for the arithmetic: float64 where any tensor is, otherwise float32."""
-    return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """[..., features] as [tokens, features] with neighbouring features side by side; copied only if it must be."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def output_rows(out: Tensor, shape: torch.Size, name: str, inner: int | None = None) -> Tensor:
-    """A caller's buffer as [tokens, features] (or [outer, inner, features]), itself and not a copy.
-
-    Raises: LoRAError where its shape is another, or its elements cannot be walked through in rows.
-    """
-    if out.shape == shape:
-        rows = out.reshape(-1, shape[-1]) if inner is None else out.reshape(-1, inner, shape[-1])
-        side_by_side = out.stride(-1) == 1 or shape[-1] == 1
-        distinct = all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
-        if side_by_side and distinct and rows.data_ptr() == out.data_ptr():  # else reshape has copied
-            return rows
-    raise LoRAError(
-        f"{name} is {list(out.shape)} with strides {list(out.stride())}, expected {list(shape)} with neighbouring "
-        "features side by side and every element its own: pass a contiguous buffer or a slice of its columns."
-    )
-
-
 def compile_specs() -> list[KernelSpec]:
-    """The configurations of Llama-3.1-8B's MLP: 8192 tokens, 14336 hidden features, g and z halves of one buffer."""
+    """Llama-3.1-8B's MLP: 8192 tokens, 14336 hidden features, with terms on the way in and without."""
     specs = []
-    choices = [("silu", torch.bfloat16), ("silu", torch.float16), ("silu", torch.float32),
-               ("gelu", torch.bfloat16), ("gelu_tanh", torch.bfloat16)]  # fmt: skip
-    for activation, dtype in choices:
-        for kernel, reads, writes in (
-            (gated_forward_kernel, ("g", "z"), ("h",)),
-            (gated_backward_kernel, ("dh", "g", "z"), ("dg", "dz", "h")),
-        ):
-            specs.append(_spec(kernel, reads + writes, activation, dtype))
+    for activation, dtype, rank in (
+        ("silu", torch.bfloat16, 0), ("silu", torch.float16, 0), ("silu", torch.float32, 0),
+        ("gelu", torch.bfloat16, 0), ("gelu_tanh", torch.bfloat16, 0), ("silu", torch.bfloat16, 16),
+        ("silu", torch.float32, 16), ("gelu_tanh", torch.bfloat16, 16), ("silu", torch.bfloat16, 64),
+    ):  # fmt: skip
+        specs += [_spec(activation, dtype, rank, backward) for backward in (False, True)]
     return specs
 
 
-def _spec(kernel: Any, operands: tuple[str, ...], activation: str, dtype: torch.dtype) -> KernelSpec:
+def _spec(activation: str, dtype: torch.dtype, rank: int, backward: bool) -> KernelSpec:
     tokens, hidden = 8192, 14336
-    signature = {f"{name}_ptr": POINTER[dtype] for name in operands}
-    signature |= {"M": "i32", "N": "i32"} | {f"stride_{name}": "i32" for name in operands}
-    moved = len(operands) * tokens * hidden * dtype.itemsize
-    return KernelSpec(
-        name=f"{kernel.fn.__name__.removesuffix('_kernel')} {activation} {str(dtype).removeprefix('torch.')}",
-        fn=kernel,
-        signature=signature,
-        constexprs={"ACTIVATION": activation, "WIDE": tl.float32, **tile_of(hidden)},
-        num_warps=NUM_WARPS,
-        divisible=tuple(name for name in signature),
+    dh, g, z, dg, dz, h = (torch.empty(tokens, hidden, dtype=dtype, device="meta") for _ in range(6))
+    term = None
+    if rank:
+        u, factor = (torch.empty(n, rank, dtype=dtype, device="meta") for n in (tokens, hidden))
+        term = LowRank(u, factor, 2.0)
+
+    def launch() -> object:
+        if backward:
+            return gated_backward(dh, g, z, activation, dg=dg, dz=dz, h=h, plus_dh=term, plus_g=term, plus_z=term)
+        return gated_forward(g, z, activation, out=h, plus_g=term, plus_z=term)
+
+    small = rank * (tokens + hidden) * (3 if backward else 2)
+    moved = ((6 if backward else 3) * tokens * hidden + small) * dtype.itemsize
+    return spec_of(
+        f"gated_{'backward' if backward else 'forward'} {activation} {str(dtype).removeprefix('torch.')}"
+        + (f", plus r {rank}" if rank else ""),
+        launch,
+        gated_backward_kernel if backward else gated_forward_kernel,
         bytes_moved=moved,
         bytes_minimum=moved,
         shape=f"tokens {tokens}, hidden {hidden}",

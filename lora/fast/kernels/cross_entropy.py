@@ -14,7 +14,7 @@ Memory, for rows whose label counts: V · itemsize bytes read for the loss alone
 written once, as a row (256 KB of a 128k vocabulary in 16 bits) does not fit a multiprocessor. The second pass runs
 backwards: the end of the row was read last and is the likeliest to be in the cache. An ignored row is not read.
 
-One program takes one row in blocks. Each lane of a block keeps its own running maximum and sum (Milakov and
+One program takes one row in blocks. Each lane of LANE neighbours keeps its own running maximum and sum (Milakov and
 Gimelshein 2018), joined once at the end, so that no reduction across threads stands between two loads.
 """
 
@@ -29,8 +29,9 @@ from lora.errors import LoRAError
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 
 LOWEST = tl.constexpr(-3.4e38)  # where a maximum starts: finite, as the difference of two infinities is NaN
-BLOCK = 2048  # logits at a time: 8 warps, 8 a thread, one 128-bit load of 16-bit logits
+BLOCK = 8192  # logits at a time: 32 warps, 8 a thread, one 128-bit load of 16-bit logits
 PER_WARP = 256
+LANE = 8  # neighbouring logits whose maximum is found first: one running maximum and one rescaling for all of them
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -71,7 +72,8 @@ def cross_entropy_(
             logits, labels.contiguous(), loss, lse, row_weight, vocab, logits.stride(0),
             0 if row_weight is None else row_weight.stride(0), ignore_index, float(logit_scale), float(softcap or 1),
             float(label_smoothing), 1.0 if isinstance(weight, Tensor) else float(weight),
-            HAS_GRADIENT=gradient, HAS_SOFTCAP=softcap is not None, BLOCK=block,
+            HAS_GRADIENT=gradient, HAS_SOFTCAP=softcap is not None, SMOOTHS=label_smoothing > 0,
+            BLOCK=block, LANE=LANE,
             num_warps=max(1, block // PER_WARP), enable_fp_fusion=True,
         )  # fmt: skip
     return loss
@@ -124,36 +126,44 @@ def scaled_logits(logits, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(p_row, vocab, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Lse and Σ z of one row, in one pass over it."""
-    b_max = tl.full((BLOCK,), LOWEST, tl.float32)  # of each lane: the largest z so far
-    b_sum = tl.zeros((BLOCK,), tl.float32)  # Σ exp(z - b_max)
-    b_total = tl.zeros((BLOCK,), tl.float32)  # Σ z
+def row_statistics(
+    p_row, vocab, logit_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, SMOOTHS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """Lse of one row, and Σ z where SMOOTHS, in one pass over it."""
+    b_max = tl.full((BLOCK // LANE,), LOWEST, tl.float32)  # of each lane: the largest z so far
+    b_sum = tl.zeros((BLOCK // LANE,), tl.float32)  # Σ exp(z - b_max)
+    b_total = tl.zeros((BLOCK // LANE,), tl.float32)  # Σ z
+    o_lane = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
     for start in range(0, vocab, BLOCK):
-        o_column = start + tl.arange(0, BLOCK)
-        m_column = o_column < vocab
-        b_logits = tl.load(p_row + o_column, mask=m_column, other=0)
+        m_column = start + o_lane < vocab
+        b_logits = tl.load(p_row + start + o_lane, mask=m_column, other=0)
         b_z = scaled_logits(b_logits, logit_scale, softcap, HAS_SOFTCAP)
-        b_total += tl.where(m_column, b_z, 0)
+        if SMOOTHS:
+            b_total += tl.sum(tl.where(m_column, b_z, 0), 1)
         b_z = tl.where(m_column, b_z, float("-inf"))
-        e = tl.exp(-tl.abs(b_z - b_max))  # of the two exponentials, of z and of the old maximum, one is exp(0)
-        b_sum = tl.where(b_z > b_max, b_sum * e + 1, b_sum + e)
-        b_max = tl.maximum(b_max, b_z)
+        b_larger = tl.maximum(b_max, tl.max(b_z, 1))
+        b_sum = b_sum * tl.exp(b_max - b_larger) + tl.sum(tl.exp(b_z - b_larger[:, None]), 1)
+        b_max = b_larger
     row_max = tl.max(b_max, 0)
     return row_max + tl.log(tl.sum(b_sum * tl.exp(b_max - row_max), 0)), tl.sum(b_total, 0)
 
 
 @triton.jit
 def write_gradient(
-    p_row, vocab, label, lse, weight, logit_scale, softcap, smoothing, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_row, vocab, label, lse, weight, logit_scale, softcap, smoothing,
+    HAS_SOFTCAP: tl.constexpr, SMOOTHS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Overwrites one row of logits with dℓ, from its end to its start."""
     for step in range(tl.cdiv(vocab, BLOCK)):
         o_column = (tl.cdiv(vocab, BLOCK) - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         m_column = o_column < vocab
         b_logits = tl.load(p_row + o_column, mask=m_column, other=0)
         b_z = scaled_logits(b_logits, logit_scale, softcap, HAS_SOFTCAP)
-        b_gradient = tl.exp(b_z - lse) - smoothing / vocab - tl.where(o_column == label, 1 - smoothing, 0.0)
+        b_gradient = tl.exp(b_z - lse)
+        if SMOOTHS:
+            b_gradient -= smoothing / vocab
+        b_gradient = tl.where(o_column == label, b_gradient - (1 - smoothing), b_gradient)
         if HAS_SOFTCAP:
             b_bent = b_z * (1 / softcap)
             b_gradient *= (1 - b_bent) * (1 + b_bent)
@@ -186,7 +196,9 @@ def cross_entropy_kernel(
     weight,
     HAS_GRADIENT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SMOOTHS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
 ):
     """One program: the loss of one row, and its gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -202,15 +214,17 @@ def cross_entropy_kernel(
         is_class = (label >= 0) & (label < vocab)
         at_label = tl.load(p_row + label, mask=is_class, other=float("nan"))
         z_label = scaled_logits(at_label, logit_scale, softcap, HAS_SOFTCAP)
-        lse, total = row_statistics(p_row, vocab, logit_scale, softcap, HAS_SOFTCAP, BLOCK)
+        lse, total = row_statistics(p_row, vocab, logit_scale, softcap, HAS_SOFTCAP, SMOOTHS, BLOCK, LANE)
         if row_weight_ptr is not None:
             weight *= tl.load(row_weight_ptr + row * row_weight_stride)
-        spread = tl.where(smoothing > 0, smoothing / vocab * total, 0.0)  # a logit may be -inf, and 0 · inf is NaN
+        spread = smoothing / vocab * total if SMOOTHS else 0.0  # a logit may be -inf, and 0 · inf is NaN
         tl.store(loss_ptr + row, weight * (lse - (1 - smoothing) * z_label - spread))
         if lse_ptr is not None:
             tl.store(lse_ptr + row, lse)
         if HAS_GRADIENT:
-            write_gradient(p_row, vocab, label, lse, weight, logit_scale, softcap, smoothing, HAS_SOFTCAP, BLOCK)
+            write_gradient(
+                p_row, vocab, label, lse, weight, logit_scale, softcap, smoothing, HAS_SOFTCAP, SMOOTHS, BLOCK
+            )
 
 
 def compile_specs() -> list[KernelSpec]:

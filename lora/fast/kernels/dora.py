@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError, UnsupportedError
-from lora.fast.kernels.activation import as_rows
+from lora.fast.kernels.common import as_rows, precision_of, rank_block
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
-from lora.fast.kernels.gemm import DTYPES, PROGRAMS, is_even, precision_of, rank_block
+from lora.fast.kernels.gemm import DTYPES, PROGRAMS, is_even
 from lora.fast.runtime import interpreting
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError
-from lora.fast.kernels.activation import as_rows, output_rows
+from lora.fast.kernels.common import as_rows, output_rows
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.reference import dropout as counted
 from lora.reference.dropout import LANES, keep_scale, key_of, threshold

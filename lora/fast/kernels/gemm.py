@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError, UnsupportedError
-from lora.fast.kernels.activation import as_rows, output_rows
+from lora.fast.kernels.common import as_rows, matrix_product, output_rows, precision_of, rank_block
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.fast.kernels.dropout import keep_lanes, keep_mask, launch_key
 from lora.fast.runtime import interpreting
@@ -272,11 +272,6 @@ def mask_arguments(dropout: Dropout | None, features: int) -> Mask:
     return Mask(True, features % LANES == 0, key, threshold(dropout.p), keep_scale(dropout.p))
 
 
-def precision_of(dtype: torch.dtype) -> str | None:
-    """float32 operands are multiplied as they are; for 16-bit ones there is no choice."""
-    return "ieee" if dtype == torch.float32 else None
-
-
 @functools.cache
 def architecture(device: torch.device) -> str:
     """The family of tiles for a device, one of WIDE_TILES; the interpreter takes Hopper's."""
@@ -335,19 +330,6 @@ def token_splits(tokens: int, N: int, r: int, dtype: torch.dtype, sums: int = 1)
     splits = max(1, min(wanted, affordable, tokens // (256 * sums)))
     span = triton.cdiv(triton.cdiv(tokens, splits), tile.BLOCK_M) * tile.BLOCK_M
     return triton.cdiv(tokens, span), span
-
-
-def rank_block(r: int) -> int:
-    """Ranks at a time: a power of two from 16 (the least that a matrix instruction takes) to 64."""
-    return int(min(64, max(16, triton.next_power_of_2(r))))
-
-
-@triton.jit
-def matrix_product(b_a, b_b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + a b. The interpreter's product of bfloat16 is garbage, so it gets the same numbers as float32."""
-    if INTERPRET:
-        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -27,14 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError
-from lora.fast.kernels.activation import as_rows, output_rows
+from lora.fast.kernels.common import as_rows, matrix_product, output_rows, precision_of, rank_block
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.fast.kernels.gemm import (
     check_operands,
     is_even,
-    matrix_product,
-    precision_of,
-    rank_block,
     sum_parts,
     sum_parts_kernel,
     sum_tile_for,

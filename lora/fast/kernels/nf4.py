@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError
-from lora.fast.kernels.activation import output_rows
+from lora.fast.kernels.common import output_rows
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.fast.runtime import interpreting
 from lora.nf4_format import DYNAMIC_CODES, NF4_CODES, midpoints

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora.fast.kernels.activation import output_rows, wide_type
+from lora.fast.kernels.common import output_rows, wide_type
 from lora.fast.kernels.compile_check import POINTER, KernelSpec
 from lora.fast.kernels.norm_kernels import (
     norm_backward_kernel,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora.errors import LoRAError
-from lora.fast.kernels.activation import wide_type
+from lora.fast.kernels.common import wide_type
 from lora.fast.kernels.compile_check import POINTER, KernelSpec
 
 TILE = 2048  # pairs at a time: heads by half their features

@@ -1,0 +1,1 @@
+"""The benchmark of one GPU: correctness, ceilings, operations, training steps; `python -m benchmarks.card --help`."""
