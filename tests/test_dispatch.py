@@ -104,6 +104,7 @@ class OnGPU(torch.Tensor):
 )
 def test_what_a_gpu_lacks_is_named(monkeypatch, installed, capability, expected):
     support.device_reasons.cache_clear()
+    monkeypatch.setattr(support, "_fine", set())
     monkeypatch.setattr(support, "triton_installed", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     found = reasons([torch.randn(3).as_subclass(OnGPU)])

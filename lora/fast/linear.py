@@ -1,7 +1,8 @@
 """The LoRA linear layer, fused: the equation and signature of `lora.reference.linear`, fewer passes over memory.
 
-    h = x Wᵀ + b, then in place h += s · u Bᵀ with u = D(x) Aᵀ        one product writes h, a thin one adds to it
+    h = x Wᵀ + b, then in place h += u Bᵀ with u = s · D(x) Aᵀ        one product writes h, a thin one adds to it
     dx = dy W, then in place dx += du A with du = s · dy B             nothing is added up in a tensor of its own
+    dA = duᵀ D(x)        dB = dyᵀ u
 
 The update is never a separate [tokens, out] tensor, dy B serves dA and dx, and u (tokens × r) is kept instead of made
 again. s is a factor of the thin products, never a pass of its own. W has no gradient unless somebody unfroze it; what
@@ -36,11 +37,11 @@ from lora.fast.operands import (
     as_autocast,
     as_rows,
     back_through,
-    buffers,
+    columns_of,
     dense_of,
     factors_of,
     multiply_into,
-    pieces,
+    product_in,
 )
 from lora.fast.parts import TENSORS, Part, packed, unpacked
 from lora.fast.runtime import FusedFunction
@@ -50,8 +51,9 @@ from lora.projection import Dropout, Projection
 def lora_linear(x: Tensor, projection: Projection, *, dropout: Dropout | None = None) -> Tensor:
     """h = x Wᵀ + b + s · (D(x) Aᵀ) Bᵀ; arguments and result as in `lora.reference.linear.lora_linear`.
 
-    FLOPs: 2·tokens·(in·out + r·(in + out)). Saved for backward: x and D(x)Aᵀ, tokens·(in + r) numbers (with a
-    trainable DoRA magnitude also tokens·out); W, A, B by reference. Nothing at all without an adapter.
+    FLOPs: 2·tokens·(in·out + r·(in + out)). Saved for backward: x and s·D(x)Aᵀ, tokens·(in + r) numbers (with a
+    trainable DoRA magnitude also tokens·out); W, A, B by reference, or A and B in x's type, r·(in + out) numbers, where
+    theirs is another. Nothing at all without an adapter.
     """
     return project_group(x, [projection], dropout)[0]
 
@@ -67,10 +69,24 @@ def project_group(x: Tensor, projections: Sequence[Projection], dropout: Dropout
 class Kept:
     """What a group's forward leaves for its backward, besides x: small tensors, and z for DoRA's dm."""
 
-    u: Tensor | None = None  # [tokens, Σ r]: D(x) Aᵀ of each, side by side
+    u: Tensor | None = None  # [tokens, Σ r]: s · D(x) Aᵀ of each, side by side
     gains: tuple[Tensor | None, ...] = ()  # DoRA's g, [out] each
     norms: tuple[Tensor | None, ...] = ()
     adapted: tuple[Tensor | None, ...] = ()  # what g multiplies, [tokens, out], where m trains
+    factors: Factors | None = None
+
+    def flat(self) -> list[Tensor | None]:
+        """As autograd saves it, 2 + 4 tensors a part; factors that are the adapters themselves are left out."""
+        cast = self.factors if self.factors is not None and self.factors.cast else None
+        A, B = (None, (None,) * len(self.gains)) if cast is None else (cast.A, cast.B)
+        return [self.u, A, *self.gains, *self.norms, *self.adapted, *B]
+
+    @classmethod
+    def of(cls, flat: Sequence[Tensor | None], parts: Sequence[Part], dtype: torch.dtype) -> Kept:
+        """The inverse of `flat`, for gradients of `dtype`."""
+        u, A, *each = flat
+        gains, norms, adapted, B = (tuple(each[i * len(parts) : (i + 1) * len(parts)]) for i in range(4))
+        return cls(u, gains, norms, adapted, factors_of(parts, dtype) if A is None else Factors(A, B, True))
 
 
 class LoRAGroup(FusedFunction):
@@ -82,9 +98,10 @@ class LoRAGroup(FusedFunction):
         rows = as_rows(x)  # [tokens, in]
         wants_m = [ctx.needs_input_grad[3 + TENSORS * i + 4] for i in range(len(parts))]
         trains = any(ctx.needs_input_grad[3:])
-        wanted = product_is_wanted(saved_by(parts, wants_m) + trains)
-        outputs, kept = forward_group(rows, parts, dropout, wants_m, wanted)
-        ctx.save_for_backward(rows if trains else None, *tensors, kept.u, *kept.gains, *kept.norms, *kept.adapted)
+        factors = factors_of(parts, rows.dtype)
+        wanted = product_is_wanted(saved_by(parts, wants_m, factors) + trains)
+        outputs, kept = forward_group(rows, parts, dropout, wants_m, wanted, factors=factors)
+        ctx.save_for_backward(rows if trains else None, *tensors, *kept.flat())
         ctx.static, ctx.dropout, ctx.shape = static, dropout, x.shape
         return tuple(h.view(*x.shape[:-1], h.shape[1]) for h in outputs)
 
@@ -93,8 +110,7 @@ class LoRAGroup(FusedFunction):
         count = len(ctx.static)
         rows, *saved = ctx.saved_tensors
         parts = packed(ctx.static, saved[: TENSORS * count])
-        u, *rest = saved[TENSORS * count :]
-        kept = Kept(u, *(tuple(rest[count * i : count * (i + 1)]) for i in range(3)))
+        kept = Kept.of(saved[TENSORS * count :], parts, dhs[0].dtype)
         dys = [as_rows(dh) for dh in dhs]
         needs = [ctx.needs_input_grad[3 + TENSORS * i : 3 + TENSORS * (i + 1)] for i in range(count)]
         dx, gradients = backward_group(dys, rows, parts, kept, ctx.dropout, ctx.needs_input_grad[0], needs)
@@ -108,59 +124,72 @@ def forward_group(
     keeps_adapted: Sequence[bool],
     wanted: bool = True,
     out: Tensor | None = None,
-    factors: Factors | None = None,
+    *,
+    factors: Factors | None,
     adds: bool = True,
-) -> tuple[tuple[Tensor, ...], Kept]:
+) -> tuple[Sequence[Tensor], Kept]:
     """h_i = x W_iᵀ + b_i + s_i · (D(x) A_iᵀ) B_iᵀ of each part, the columns of one buffer.
 
     Args:
         wanted: False where only what is kept matters; the outputs are then left as they are in memory.
         out: the buffer, [tokens, Σ out]; a new one by default.
-        factors: `factors_of(parts, x's type)`, where the caller has them already.
+        factors: `factors_of(parts, x's type)`.
         adds: False where the caller adds the updates itself: the outputs are then x W_iᵀ + b_i.
     """
     dtype, none = rows.dtype, (None,) * len(parts)
     sizes = [part.out_features for part in parts]
     h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
-    outputs = h.split(sizes, dim=1)
-    adapted_input, u, factors = rows, None, factors or factors_of(parts, dtype)
+    outputs = columns_of(h, sizes)
+    adapted_input, u = rows, None
     if factors is not None:
         adapted_input = apply_dropout(rows, dropout)
-        u = torch.mm(adapted_input, factors.A.T)  # [tokens, Σ r]
+        u = through_A(adapted_input, parts, factors)
     if not wanted and all(part.magnitude is None for part in parts):
-        return outputs, Kept(u, none, none, none)
+        return outputs, Kept(u, none, none, none, factors)
     multiply_into(h, rows, parts)
     gains: list[Tensor | None] = list(none)
     norms: list[Tensor | None] = list(none)
     adapted: list[Tensor | None] = list(none)
     if factors is not None and u is not None and adds:
-        thin = u.split([part.rank for part in parts], dim=1)
+        thin = columns_of(u, [part.rank for part in parts])
         for i, (part, h_i, u_i, B) in enumerate(zip(parts, outputs, thin, factors.B, strict=True)):
             if B is not None and part.magnitude is None:
-                h_i.addmm_(u_i, B.T, alpha=part.scaling)
+                h_i.addmm_(u_i, B.T)
             elif B is not None:
                 gains[i], norms[i], z = rescale_(h_i, rows, adapted_input, part, factors, i, u_i)
                 adapted[i] = z if keeps_adapted[i] else None
     for part, h_i in zip(parts, outputs, strict=True):
         if part.bias is not None:
             h_i.add_(part.bias.to(dtype))
-    return outputs, Kept(u, tuple(gains), tuple(norms), tuple(adapted))
+    return outputs, Kept(u, tuple(gains), tuple(norms), tuple(adapted), factors)
 
 
-def saved_by(parts: Sequence[Part], keeps_adapted: Sequence[bool]) -> int:
-    """How many tensors a group keeps besides x: those of its projections, u, and DoRA's."""
-    given = sum(tensor is not None for part in parts for tensor in part[:TENSORS])
-    return (
-        given + any(part.rank for part in parts) + 2 * sum(p.magnitude is not None for p in parts) + sum(keeps_adapted)
-    )
+def through_A(dropped: Tensor, parts: Sequence[Part], factors: Factors) -> Tensor:
+    """u = s_i · D(x) A_iᵀ of each part, side by side, [tokens, Σ r]: one product where the scalings are one."""
+    u = dropped.new_empty(len(dropped), len(factors.A))
+    scalings = {part.scaling for part in parts if part.rank}
+    if len(scalings) == 1:
+        return u.addmm_(dropped, factors.A.T, beta=0, alpha=scalings.pop())
+    ranks = [part.rank for part in parts]
+    for part, u_i, A in zip(parts, u.split(ranks, dim=1), factors.A.split(ranks), strict=True):
+        u_i.addmm_(dropped, A.T, beta=0, alpha=part.scaling)
+    return u
+
+
+def saved_by(parts: Sequence[Part], keeps_adapted: Sequence[bool], factors: Factors | None) -> int:
+    """How many tensors a group keeps besides x: those of its projections, u, cast factors, and DoRA's."""
+    count = sum(tensor is not None for part in parts for tensor in part[:TENSORS])
+    if factors is not None:
+        count += 1 + (factors.cast and 1 + sum(B is not None for B in factors.B))
+    return count + 2 * sum(part.magnitude is not None for part in parts) + sum(keeps_adapted)
 
 
 def rescale_(
     h: Tensor, rows: Tensor, dropped: Tensor, part: Part, factors: Factors, i: int, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DoRA, where h = x Wᵀ becomes x Wᵀ + (g - 1) ⊙ D(x) Wᵀ + g ⊙ s u Bᵀ.
+    """DoRA, where h = x Wᵀ becomes x Wᵀ + (g - 1) ⊙ D(x) Wᵀ + g ⊙ u Bᵀ.
 
-    Returns: g and the norm it comes from, [out] each, and z = D(x) Wᵀ + s u Bᵀ, [tokens, out].
+    Returns: g and the norm it comes from, [out] each, and z = D(x) Wᵀ + u Bᵀ, [tokens, out].
     """
     dense, A, B = dense_of(part, rows.dtype), A_of(factors, i), factors.B[i]
     if B is None or part.magnitude is None:
@@ -168,12 +197,12 @@ def rescale_(
     norm = dora_norm(dense, A, B, part.scaling)
     gain = (part.magnitude / norm).to(rows.dtype)
     if dropped is rows:  # D is the identity, so h = g ⊙ z, and one wide product is enough
-        z = torch.addmm(h, u, B.T, alpha=part.scaling)
+        z = torch.addmm(h, u, B.T)
         h.copy_(z * gain)
         return gain, norm, z
     z = torch.mm(dropped, dense.T)
     h.sub_(z)
-    h.addcmul_(z.addmm_(u, B.T, alpha=part.scaling), gain)
+    h.addcmul_(z.addmm_(u, B.T), gain)
     return gain, norm, z
 
 
@@ -200,15 +229,13 @@ def backward_group(
     dropout: Dropout | KeepRows | None,
     wants_x: bool,
     needs: Sequence[Sequence[bool]],
-    factors: Factors | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
     """dx of the group, and each part's (dweight, dbias, dlora_A, dlora_B, dmagnitude); None where not needed.
 
     Args:
         dys: [tokens, out_i] each. needs: for each part, which of its five tensors want a gradient.
-        factors: `factors_of(parts, dy's type)`, where the caller has them already.
     """
-    upstream = upstream_of(dys, parts, kept, wants_x, needs, factors)
+    upstream = upstream_of(dys, parts, kept, wants_x, needs)
     gradients = part_gradients(upstream, rows, parts, kept, dropout, needs)
     return input_gradient(upstream, parts, kept, dropout) if wants_x else None, gradients
 
@@ -219,15 +246,13 @@ def upstream_of(
     kept: Kept,
     wants_x: bool,
     needs: Sequence[Sequence[bool]],
-    factors: Factors | None = None,
 ) -> Upstream:
     """du = s_i · dh_i B_i and what it is made of."""
-    factors = factors or factors_of(parts, dys[0].dtype)
-    if factors is None:
+    if kept.factors is None:
         return Upstream(dys, dys, None, None)
     dhs = [dy if gain is None else dy * gain for dy, gain in zip(dys, kept.gains, strict=True)]
     wanted = wants_x or any(need[2] for need in needs)
-    return Upstream(dys, dhs, through_B(dhs, parts, factors) if wanted else None, factors)
+    return Upstream(dys, dhs, through_B(dhs, parts, kept.factors) if wanted else None, kept.factors)
 
 
 def part_gradients(
@@ -254,7 +279,7 @@ def part_gradients(
 def through_B(dhs: Sequence[Tensor], parts: Sequence[Part], factors: Factors) -> Tensor:
     """du = s_i · dh_i B_i of each part, side by side, [tokens, Σ r]: serves dA and dx."""
     du = dhs[0].new_empty(len(dhs[0]), len(factors.A))
-    for part, dh, B, du_i in zip(parts, dhs, factors.B, du.split([p.rank for p in parts], dim=1), strict=True):
+    for part, dh, B, du_i in zip(parts, dhs, factors.B, columns_of(du, [p.rank for p in parts]), strict=True):
         if B is not None:
             du_i.addmm_(dh, B, beta=0, alpha=part.scaling)
     return du
@@ -270,29 +295,19 @@ def adapter_gradients(
     dropout: Dropout | KeepRows | None,
     needs: Sequence[Sequence[bool]],
 ) -> None:
-    """dA = duᵀ D(x) and dB_i = s_i · dh_iᵀ u_i into `gradients`, all made in one buffer and cast in one launch."""
+    """dA = duᵀ D(x) and dB_i = dh_iᵀ u_i into `gradients`; the dA's are rows of one product."""
     ranks = [part.rank for part in parts]
-    wanted_A = [i for i, need in enumerate(needs) if need[2]]
-    wanted_B = [i for i, need in enumerate(needs) if need[3]]
-    shapes = [(parts[i].out_features, ranks[i]) for i in wanted_B]
-    if wanted_A and rows is not None:
-        shapes.append((sum(ranks), rows.shape[1]))
-    if not shapes or kept.u is None:
+    if kept.u is not None:
+        for i, (part, dh, u) in enumerate(zip(parts, dhs, columns_of(kept.u, ranks), strict=True)):
+            if needs[i][3] and part.lora_B is not None:
+                gradients[i][3] = product_in(part.lora_B.dtype, dh.T, u)
+    wanted = [part.lora_A.dtype for part, need in zip(parts, needs, strict=True) if part.lora_A is not None and need[2]]
+    if not wanted or du is None or rows is None:
         return
-    flat, views = buffers(shapes, dhs[0].dtype, dhs[0].device)
-    thin = kept.u.split(ranks, dim=1)
-    for i, dB in zip(wanted_B, views, strict=False):
-        dB.addmm_(dhs[i].T, thin[i], beta=0, alpha=parts[i].scaling)
-    if du is not None and rows is not None and wanted_A:
-        torch.mm(du.T, apply_dropout(rows, dropout), out=views[-1])  # [Σ r, in]
-    master = next(part.lora_A.dtype for part in parts if part.lora_A is not None)
-    views = pieces(flat.to(master), shapes)
-    for i, dB in zip(wanted_B, views, strict=False):
-        gradients[i][3] = dB
-    if wanted_A:
-        stacked = views[-1].split(ranks)
-        for i in wanted_A:
-            gradients[i][2] = stacked[i]
+    stacked = product_in(wanted[0], du.T, apply_dropout(rows, dropout))  # [Σ r, in]
+    for i, (part, dA) in enumerate(zip(parts, stacked.split(ranks) if len(parts) > 1 else (stacked,), strict=True)):
+        if needs[i][2] and part.lora_A is not None:
+            gradients[i][2] = dA.to(part.lora_A.dtype)
 
 
 def weight_gradient(dy: Tensor, rows: Tensor, gain: Tensor | None, dropout: Dropout | KeepRows | None) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora.fast import library
 from lora.fast.dropout import KeepRows, dropout_mask
 from lora.fast.linear import backward_group, forward_group
-from lora.fast.operands import as_autocast, as_rows
+from lora.fast.operands import as_autocast, as_rows, factors_of
 from lora.fast.parts import Part, flat_part, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
@@ -190,12 +190,13 @@ def run_chunks(
     dx = torch.empty_like(rows) if needs[0] else None
     totals: list[Tensor | None] = [None] * 5
     step = chunk_rows(part.out_features * rows.itemsize, rows.device.type)
+    factors = factors_of([part], rows.dtype)
     space = rows.new_empty(min(step, len(rows)), part.out_features)  # every chunk's logits, then their gradients
     for start in range(0, len(rows), step):
         chunk = slice(start, start + step)
         x = rows[chunk]
         kept_chunk = None if mask is None else mask._replace(keep=mask.keep[chunk])
-        (logits,), kept = forward_group(x, [part], kept_chunk, [needs[5]], out=space[: len(x)])
+        (logits,), kept = forward_group(x, [part], kept_chunk, [needs[5]], out=space[: len(x)], factors=factors)
         scale = weight[chunk] if isinstance(weight, Tensor) else weight
         losses[chunk] = row_losses_(logits, labels[chunk], settings, scale, wants)
         if not wants:

@@ -28,7 +28,7 @@ from lora.fast.linear import (
     saved_by,
     upstream_of,
 )
-from lora.fast.operands import Factors, as_autocast, as_rows, back_through, factors_of
+from lora.fast.operands import as_autocast, as_rows, back_through, factors_of
 from lora.fast.parts import MAX_RANK, TENSORS, LowRank, Part, flat_term, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
@@ -59,16 +59,15 @@ class LoRAMLP(FusedFunction):
         parts = packed(static, tensors)
         rows = as_rows(x)
         wants_m = [ctx.needs_input_grad[4 + TENSORS * i + 4] for i in range(3)]
-        factors = factors_of(parts[:2], rows.dtype)
+        factors, of_down = factors_of(parts[:2], rows.dtype), factors_of(parts[2:], rows.dtype)
         adds = not takes_updates(parts[:2], rows)
         (g, z), above = forward_group(rows, parts[:2], dropout, wants_m[:2], factors=factors, adds=adds)
-        updates = NO_UPDATES if adds else updates_of(parts[:2], above.u, factors)
+        updates = NO_UPDATES if adds else updates_of(parts[:2], above)
         h = gated_forward(g, z, activation, updates)  # [tokens, hidden]
-        wanted = product_is_wanted(3 + saved_by(parts[:2], wants_m[:2]) + saved_by(parts[2:], wants_m[2:]))
-        (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted)
-        small = (above.u, *above.gains, *above.norms, *above.adapted)
-        small += (below.u, *below.gains, *below.norms, *below.adapted)
-        ctx.save_for_backward(rows, g, z, *tensors, *small)
+        saves = 3 + saved_by(parts[:2], wants_m[:2], factors) + saved_by(parts[2:], wants_m[2:], of_down)
+        wanted = product_is_wanted(saves)
+        (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted, factors=of_down)
+        ctx.save_for_backward(rows, g, z, *tensors, *above.flat(), *below.flat())
         ctx.static, ctx.activation, ctx.dropout, ctx.shape, ctx.adds = static, activation, dropout, x.shape, adds
         return y.view(*x.shape[:-1], y.shape[1])
 
@@ -76,16 +75,15 @@ class LoRAMLP(FusedFunction):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         rows, g, z, *saved = ctx.saved_tensors
         parts = packed(ctx.static, saved[: 3 * TENSORS])
-        small = saved[3 * TENSORS :]
-        above = Kept(small[0], tuple(small[1:3]), tuple(small[3:5]), tuple(small[5:7]))
-        below = Kept(small[7], (small[8],), (small[9],), (small[10],))
+        small = saved[3 * TENSORS :]  # 2 + 4 tensors a part
+        above = Kept.of(small[:10], parts[:2], rows.dtype)
+        below = Kept.of(small[10:], parts[2:], rows.dtype)
         needs = [ctx.needs_input_grad[4 + TENSORS * i : 4 + TENSORS * (i + 1)] for i in range(3)]
         wants_x, dropout = ctx.needs_input_grad[0], hidden_dropout(ctx.dropout)
         needs_above = wants_x or any(any(need) for need in needs[:2])
         needs_h = needs[2][0] or needs[2][2]  # only a down projection that trains reads h again
 
-        factors = factors_of(parts[:2], rows.dtype)
-        updates = NO_UPDATES if ctx.adds else updates_of(parts[:2], above.u, factors)
+        updates = NO_UPDATES if ctx.adds else updates_of(parts[:2], above)
         behind = upstream_of([as_rows(dy)], parts[2:], below, needs_above, needs[2:])
         h: Tensor | None = None
         dx: Tensor | None = None
@@ -93,7 +91,7 @@ class LoRAMLP(FusedFunction):
         if needs_above:
             dh, plus_dh = hidden_gradient(behind, parts[2:], below, dropout)
             dg, dz, h = gated_backward(dh, g, z, ctx.activation, (plus_dh, *updates), needs_h)
-            dx, of_above = backward_group([dg, dz], rows, parts[:2], above, ctx.dropout, wants_x, needs[:2], factors)
+            dx, of_above = backward_group([dg, dz], rows, parts[:2], above, ctx.dropout, wants_x, needs[:2])
         elif needs_h:
             h = gated_forward(g, z, ctx.activation, updates)
         of_down = part_gradients(behind, h, parts[2:], below, dropout, needs[2:])
@@ -110,15 +108,12 @@ def takes_updates(parts: Sequence[Part], rows: Tensor) -> bool:
     return runs_triton(rows) and all(part.magnitude is None and part.rank <= MAX_RANK for part in parts)
 
 
-def updates_of(parts: Sequence[Part], u: Tensor | None, factors: Factors | None) -> Updates:
-    """s_i · u_i B_iᵀ of each part, for a kernel; None where there is no adapter."""
-    if u is None or factors is None:
+def updates_of(parts: Sequence[Part], kept: Kept) -> Updates:
+    """u_i B_iᵀ of each part, for a kernel; None where there is no adapter."""
+    if kept.u is None or kept.factors is None:
         return NO_UPDATES
-    thin = u.split([part.rank for part in parts], dim=1)
-    return tuple(
-        None if B is None else LowRank(u_i, B, part.scaling)
-        for u_i, B, part in zip(thin, factors.B, parts, strict=True)
-    )
+    thin = kept.u.split([part.rank for part in parts], dim=1)
+    return tuple(None if B is None else LowRank(u, B, 1.0) for u, B in zip(thin, kept.factors.B, strict=True))
 
 
 def hidden_gradient(

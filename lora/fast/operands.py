@@ -1,9 +1,9 @@
-"""What a group of projections multiplies by, laid out so that few products and few launches do the work.
+"""What a group of projections multiplies by, laid out so that few products, launches and views do the work.
 
 weights      W's that lie one after another in memory, or are decoded from NF4 into one workspace, are one matrix
 outputs      the h's of a group are columns of one buffer, so that their gradients may be too
-factors      A's one under another, and B's, in the type of x: one launch casts them all
-gradients    dA's and dB's in one buffer: one launch casts them back to the adapters' own type
+factors      A's one under another, and B's, in the type of x, cast once for forward and backward
+gradients    dA's as the rows of one product, all in the adapters' own type
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def multiply_into(h: Tensor, rows: Tensor, parts: Sequence[Part]) -> None:
     if together is not None:
         torch.mm(rows, together.T, out=h)
         return
-    for part, columns in zip(parts, h.split([part.out_features for part in parts], dim=1), strict=True):
+    for part, columns in zip(parts, columns_of(h, [part.out_features for part in parts]), strict=True):
         columns.addmm_(rows, dense_of(part, rows.dtype).T, beta=0)
 
 
@@ -123,6 +123,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def columns_of(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The pieces of a buffer [tokens, Σ sizes]; a single one is the buffer itself, without the cost of a view."""
+    return (x,) if len(sizes) == 1 else x.split(sizes, dim=1)
+
+
 # ---- factors and their gradients
 
 
@@ -131,32 +136,29 @@ class Factors(NamedTuple):
 
     A: Tensor  # [Σ r, in]: the A's one under another
     B: tuple[Tensor | None, ...]  # [out_i, r_i] each; None without an adapter
+    cast: bool  # whether their own type is another: then the backward is given these, rather than to cast again
 
 
 def factors_of(parts: Sequence[Part], dtype: torch.dtype) -> Factors | None:
-    """The adapters of a group, cast in one launch where they are of another type; None where there are none."""
+    """The adapters of a group; None where there are none."""
     A = [part.lora_A for part in parts if part.lora_A is not None]
-    B = [part.lora_B for part in parts if part.lora_B is not None]
     if not A:
         return None
-    rows = sum(len(each) for each in A)
-    if any(each.dtype != dtype for each in (*A, *B)):
-        flat, views = buffers([each.shape for each in (*A, *B)], dtype, A[0].device)
-        torch._foreach_copy_(views, [*A, *B])
-        stacked, B = flat[: rows * A[0].shape[1]].view(rows, -1), views[len(A) :]
-    else:
-        stacked = A[0] if len(A) == 1 else torch.cat(A)
-    remaining = iter(B)
-    return Factors(stacked, tuple(None if part.lora_B is None else next(remaining) for part in parts))
+    B = tuple(part.lora_B for part in parts)
+    cast = any(each is not None and each.dtype != dtype for each in (*A, *B))
+    stacked = A[0] if len(A) == 1 else torch.cat(A)
+    if not cast:
+        return Factors(stacked, B, cast)
+    return Factors(stacked.to(dtype), tuple(None if each is None else each.to(dtype) for each in B), cast)
 
 
-def buffers(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """One buffer with a piece for each shape, one after another."""
-    flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=dtype, device=device)
-    return flat, pieces(flat, shapes)
+def product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """The matrix product as a tensor of `dtype`: an adapter's gradient, in the adapter's own type.
 
-
-def pieces(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The pieces of a buffer that `buffers` made."""
-    sizes = [math.prod(shape) for shape in shapes]
-    return [piece.view(tuple(shape)) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
+    On a GPU the float32 sums of a product of 16-bit numbers are the result, rounded no more.
+    """
+    if left.dtype == dtype:
+        return torch.mm(left, right)
+    if left.is_cuda and dtype == torch.float32 and not torch.compiler.is_compiling():
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)

@@ -16,10 +16,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OLDEST = (8, 0)  # the first compute capability that the kernels are compiled and checked for
 
 
+Kind = tuple[type, torch.device, torch.dtype]
+_fine: set[Kind] = set()  # kinds of tensors that were looked at and can run
+
+
 def reasons(arguments: Iterable[Any]) -> list[str]:
     """Why the fast backend cannot run an operation on these arguments; empty where it can."""
     found: dict[str, None] = {}  # a set that keeps its order
+    in_graph = torch.compiler.is_compiling()  # which looks once anyway
     for tensor in tensors_in(arguments):
+        kind = (type(tensor), tensor.device, tensor.dtype)
+        if not in_graph and kind in _fine:
+            continue
+        before = len(found)
         if type(tensor).__name__ == "DTensor":
             found["a tensor is a DTensor: gather it, or shard with FSDP2, which hands operations local tensors"] = None
         device = tensor.device
@@ -30,6 +39,8 @@ def reasons(arguments: Iterable[Any]) -> list[str]:
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             found[f"a tensor is {tensor.dtype}: only {names} are supported"] = None
+        if not in_graph and len(found) == before:
+            _fine.add(kind)
     return list(found)
 
 
