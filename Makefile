@@ -4,8 +4,9 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 SETUP := .venv/.setup-done
+MINUTES ?= 30
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test explore mutants check format clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -24,7 +25,14 @@ demo: $(SETUP)  ## fine-tune a real model on real text, in a few minutes
 
 test: check  ## lint, types, and every test (Triton kernels in its interpreter, in a process of their own)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 tests/kernels tests/proof
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/mutants
+
+explore: $(SETUP)  ## the proofs with fresh randomness, for MINUTES; the report goes into docs/proof.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m lora.testing.explore --minutes $(MINUTES) --write docs
+
+mutants: $(SETUP)  ## every broken variant of the kernels and autograd functions; the report goes into docs/mutants.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m lora.testing.mutants --jobs 2 --report docs/mutants.md
 
 check: $(SETUP)  ## lint and types only
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True)
-settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.register_profile("explore", deadline=None, max_examples=1000, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 

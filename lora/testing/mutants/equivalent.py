@@ -1,0 +1,50 @@
+"""Generated mistakes that no input can tell from the source, each with the reason why."""
+
+from __future__ import annotations
+
+COST = "It decides only which way the work is done, or whether some is done in vain: every way gives the same result. "
+PROMOTED = "The operand it meets next is float32 already, and the result of two types is of the wider one. "
+MODULO = "Both numbers are the same bits in the tensor's integer type, and that is what is compared or added. "
+
+EQUIVALENT: dict[str, str] = {
+    "linear:Kept.flat: (None, (None,) * len(self.gains)) if cast is None else (cast.A, cast.B) → "
+    "((None, (None,) * len(self.gains)))": COST + "Without the kept casts the backward casts the adapters again.",
+    "linear:Kept.of: factors_of(parts, dtype) if A is None else Factors(A, B, True) → (factors_of(parts, dtype))": COST
+    + "The adapters are cast again instead of taken from what was kept.",
+    "linear:saved_by: 1 + (factors.cast and 1 + sum(B is not None for B in factors.B)) → ((1) - (factors.cast and 1 + "
+    "sum(B is not None for B in factors.B)))": COST
+    + "With too small a count a checkpoint's second run believes that something follows, and makes the last product.",
+    "linear:LoRAGroup.forward: saved_by(parts, wants_m, factors) + trains → ((saved_by(parts, wants_m, factors)) - "
+    "(trains))": COST
+    + "With too small a count a checkpoint's second run believes that something follows, and makes the last product.",
+    "operands:columns_of_one: first.stride(0) < width → (first.stride(0) <= width)": COST
+    + "Gradients that fill their buffer go back through one product each.",
+    "mlp:hidden_gradient: behind.factors is None → (behind.factors is not None)": COST
+    + "The update is added by the product, not by the activation's kernel.",
+    "kernels.activation:gated_backward_kernel: tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0).to(WIDE) → "
+    "(tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0))": PROMOTED + "z is multiplied by dh and by act(g).",
+    "kernels.nf4:rounded: b_value.to(dtype) → (b_value)": "The store that follows converts to the same type of its "
+    "pointer, in the same way.",
+    "dropout:plain_mask: threshold(p) - SIGN → ((threshold(p)) + (SIGN))": MODULO
+    + "t + 2¹⁵ and t - 2¹⁵ differ by 2¹⁶, and the lanes are 16 bits.",
+    "dropout:_signed: 63 → 64": MODULO + "PyTorch takes a 64-bit number with or without a sign.",
+    "dora:row_norms: dense.shape[1] * wide.itemsize → ((dense.shape[1]) + (wide.itemsize))": COST
+    + "It is the number of rows at a time, from one to all.",
+    "embedding:LoRAEmbeddingFunction.backward: dy.new_zeros(ctx.vocab, dy.shape[1]).index_add_(0, rows, dy) if "
+    "wants_table else None → (dy.new_zeros(ctx.vocab, dy.shape[1]).index_add_(0, rows, dy))": COST
+    + "Autograd drops a gradient that nobody asked for.",
+    "multi_lora:groups_for: 0 → 1": "For x without features only, where every update is zero, whose tokens these are.",
+    "kernels.multi_lora:group_tokens: 1 → 2 (3)": COST + "It is the number of rows of a block, for a single adapter.",
+    "kernels.multi_lora:_sums: sum_tile_for(N, r, wide.dtype) → sum_tile_for(r, N, wide.dtype)": COST
+    + "It is another size of tile.",
+    'kernels.norm:_partials: triton.cdiv(rows.M, block["BLOCK_M"]) → triton.cdiv(block["BLOCK_M"], rows.M)': COST
+    + "It is how many programs share the tiles, and each goes on to the next tile until there are no more.",
+    "kernels.norm_kernels:norm_backward_looped_kernel: tl.program_id(0) * BLOCK_M → (tl.program_id(0))": "A program "
+    "of looped rows has one of them: BLOCK_M is 1.",
+    "kernels.norm_kernels:load_normed: 0.0 → 0.01 (3)": "Outside the matrix dy is 0, and nothing is stored there.",
+    "kernels.gemm:mask_arguments: True → False": "How a mask is counted means nothing where there is no mask.",
+    "kernels.gemm:lora_gemm_kernel: tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32) → "
+    "(tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0))": PROMOTED + "The bias is added to the accumulator.",
+    "kernels.dora:dora_norm: block_of(N, block_r, lora_A.dtype, is_even(rows) and is_even(lora_A)) → "
+    "block_of(block_r, N, lora_A.dtype, is_even(rows) and is_even(lora_A))": COST + "It is another size of tile.",
+}

@@ -1,0 +1,151 @@
+"""Sizes at which kernels have been wrong elsewhere: one token, thousands, odd vocabularies, offsets beyond 2³¹.
+
+Offsets beyond 2³¹ need gigabytes on a GPU; `tests/compile/test_offsets.py` checks on any machine that the compiled
+kernels count them in 64 bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lora.fast as fast
+from lora.fast.runtime import interpreting
+from lora.projection import Dropout
+from lora.reference.dropout import keep_scale, threshold
+from lora.testing.block_cases import EmbeddingInput, LayerNormInput, LossInput, MultiLoRAInput, RMSNormInput, RopeInput
+from lora.testing.cases import Layer, LinearInput, MLPInput, QKVInput
+from lora.testing.proof import assert_equivalent
+from proof.laws import assert_same_bits
+from proof.test_dropout import lane
+
+LONG = 257 if interpreting() else 8192  # the interpreter takes a second for a thousand rows
+VOCAB = 4099 if interpreting() else 50_257  # GPT-2's, a prime number
+TYPES = [torch.float32, torch.bfloat16]
+by_type = pytest.mark.parametrize("dtype", TYPES)
+by_length = pytest.mark.parametrize("tokens", [1, LONG])
+WIDE = 2**31 + 2**12  # elements
+LAYER = Layer(17, 5, bias=True)
+large_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 30 * 2**30,
+    reason="needs a CUDA device with 30 GiB of memory, for tensors of more than 2**31 elements",
+)
+
+
+def cases(tokens: int, dtype: torch.dtype) -> list:
+    shape, three = (1, tokens), (LAYER, Layer(9, 2), Layer(7, 0))
+    return [
+        LinearInput(dtype=dtype, shape=shape, in_features=33, layer=LAYER, dropout=Dropout(0.3, 7)),
+        QKVInput(dtype=dtype, shape=shape, in_features=33, layers=three),
+        MLPInput(dtype=dtype, shape=shape, in_features=17, layers=(Layer(29, 3), Layer(29, 3), LAYER)),
+        EmbeddingInput(dtype=dtype, shape=shape, vocab=101, layer=Layer(9, 3)),
+        RMSNormInput(dtype=dtype, shape=shape, features=33, residual=True),
+        LayerNormInput(dtype=dtype, shape=shape, features=33, residual=True),
+        RopeInput(dtype=dtype, batch=1, seq=tokens, heads=2, kv_heads=1, head_dim=6, rot=4),
+        LossInput(dtype=dtype, shape=shape, features=9, layer=Layer(33, 2)),
+        MultiLoRAInput(dtype=dtype, index=(1, -1, 0), inner=(tokens,), in_features=9, out_features=11, rank=3),
+    ]
+
+
+@by_type
+@by_length
+@pytest.mark.parametrize("which", range(9), ids=[type(case).__name__ for case in cases(1, torch.float32)])
+def test_sequences_of_one_and_of_thousands(device, tokens, which, dtype):
+    assert_equivalent(cases(tokens, dtype)[which], device)
+
+
+@by_type
+@pytest.mark.parametrize("vocab", [1, 2, VOCAB])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vocabularies_off_every_block(device, vocab, reduction, dtype):
+    case = LossInput(dtype=dtype, shape=(3,), features=5, layer=Layer(vocab, 2), reduction=reduction, ignored=(1,))
+    assert_equivalent(case, device)
+    assert_equivalent(EmbeddingInput(dtype=dtype, shape=(5,), vocab=vocab, layer=Layer(6, 2)), device)
+
+
+@by_type
+@pytest.mark.parametrize("features", [1, 2, 4097, *([] if interpreting() else [16_385, 40_001])])
+def test_rows_of_one_feature_and_of_more_than_a_block(device, features, dtype):
+    assert_equivalent(RMSNormInput(dtype=dtype, shape=(3,), features=features, residual=True), device)
+    assert_equivalent(LayerNormInput(dtype=dtype, shape=(3,), features=features, residual=True), device)
+
+
+# ---- more than 2**31 elements
+
+
+def wide(columns: int) -> torch.Tensor:
+    """[rows, columns] of a few more than 2**31 random bfloat16 numbers."""
+    torch.manual_seed(0)
+    return torch.randn(WIDE // columns + 1, columns, dtype=torch.bfloat16, device="cuda")
+
+
+@large_gpu
+def test_norms_beyond_two_to_the_31():
+    x, weight = wide(4096), torch.randn(4096, dtype=torch.bfloat16, device="cuda")
+    end = x[-3:].clone().requires_grad_()
+    y = fast.rms_norm(end, weight)
+    assert_same_bits(fast.rms_norm(x, weight)[-3:], y.detach(), "y")
+    (dx,) = torch.autograd.grad(y, end, end.detach())
+    (found,) = torch.autograd.grad(fast.rms_norm(x.requires_grad_(), weight), x, x.detach())
+    assert_same_bits(found[-3:], dx, "dx")
+
+
+@large_gpu
+def test_the_gated_activation_beyond_two_to_the_31():
+    from lora.fast.mlp import gated_backward, gated_forward
+
+    g = wide(4096)
+    end = g[-3:].clone()
+    assert_same_bits(gated_forward(g, g, "silu")[-3:], gated_forward(end, end, "silu"), "h")
+    for found, expected in zip(
+        gated_backward(g, g, g, "silu")[:2], gated_backward(end, end, end, "silu")[:2], strict=True
+    ):
+        assert_same_bits(found[-3:].contiguous(), expected.contiguous(), "dg, dz")
+
+
+@large_gpu
+def test_rotary_embedding_beyond_two_to_the_31():
+    q = wide(4096)[None].unflatten(-1, (32, 128)).transpose(1, 2)
+    seq = q.shape[2]
+    angles = torch.randn(seq, 64, device="cuda").repeat(1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    turned, _ = fast.rope(q, q[:, :1], cos, sin)
+    expected, _ = fast.rope(q[:, :, -3:].clone(), q[:, :1, -3:].clone(), cos[-3:], sin[-3:])
+    assert_same_bits(turned[:, :, -3:].contiguous(), expected.contiguous(), "q")
+
+
+@large_gpu
+def test_dropout_beyond_two_to_the_31():
+    from lora.fast.dropout import apply_dropout
+
+    x, dropout = wide(4096), Dropout(0.3, 2**40 + 3)
+    last = x.numel() - 64
+    keep = torch.tensor([lane(dropout.seed, 0, last + i) >= threshold(0.3) for i in range(64)], device="cuda")
+    found = apply_dropout(x, dropout).view(-1)[-64:]
+    expected = (x.view(-1)[-64:].float() * keep_scale(0.3)).bfloat16() * keep
+    assert_same_bits(found, expected, "D(x)")
+
+
+@large_gpu
+def test_nf4_beyond_two_to_the_31():
+    rows = WIDE // 4096 + 1
+    part = torch.randn(8, 4096, device="cuda").bfloat16()
+    quantised = fast.nf4_quantize(part, double_quant=False)
+    copies = -(-rows // 8)
+    many = quantised._replace(
+        codes=quantised.codes.repeat(copies), absmax=quantised.absmax.repeat(copies), shape=(8 * copies, 4096)
+    )
+    assert_same_bits(fast.nf4_dequantize(many)[-8:], fast.nf4_dequantize(quantised), "the last rows")
+
+
+@large_gpu
+def test_the_loss_beyond_two_to_the_31():
+    from lora.fast.kernels.cross_entropy import cross_entropy_
+
+    vocab = 128_256
+    logits = wide(vocab)
+    labels = torch.arange(len(logits), device="cuda") % vocab
+    end = logits[-3:].clone()
+    expected = cross_entropy_(end, labels[-3:].clone())
+    assert_same_bits(cross_entropy_(logits, labels)[-3:], expected, "loss")
+    assert_same_bits(logits[-3:], end, "the logits' gradient")

@@ -1,0 +1,199 @@
+"""`lora_mlp`, proven: y = down(act(gate(x)) ⊙ up(x)), three projections and one activation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora.projection import Dropout
+from lora.reference.mlp import activate, hidden_dropout
+from lora.testing.cases import Layer, MLPInput
+from lora.testing.proof import BACKENDS, assert_equivalent, changed
+from lora.testing.strategies import mlp_inputs
+from proof.laws import (
+    Run,
+    assert_agree,
+    assert_same_bits,
+    both,
+    examples,
+    fresh,
+    law_a_batch_is_its_parts,
+    law_a_gradient_does_not_depend_on_who_else_wants_one,
+    law_gradients_are_linear_in_dy,
+    law_memory_layout_does_not_matter,
+    law_silent_tokens_teach_nothing,
+    law_tokens_do_not_see_each_other,
+    law_two_runs_are_the_same_bits,
+    with_parts,
+)
+
+tidy = mlp_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
+rows_of_x = tidy.map(lambda case: changed(case, shape=(6,), dropout=None))
+
+
+def plain_down(case: MLPInput) -> MLPInput:
+    """down without bias and DoRA, in float32: y is linear in the hidden, bit for bit under factors of two."""
+    gate, up, down = (replace(layer, bias=False, dora=False, adapter_dtype=None) for layer in case.layers)
+    return changed(case, layers=(gate, up, down), dtype=torch.float32)
+
+
+@examples(80)
+@given(mlp_inputs())
+def test_both_backends_are_within_the_bound(device, case):
+    assert_equivalent(case, device)
+
+
+@both
+@examples(8)
+@given(case=mlp_inputs())
+def test_two_runs_are_the_same_bits(device, backend, case):
+    law_two_runs_are_the_same_bits(Run(case, backend, device))
+
+
+@both
+@examples(5)
+@given(case=mlp_inputs())
+def test_a_gradient_does_not_depend_on_who_else_wants_one(device, backend, case):
+    law_a_gradient_does_not_depend_on_who_else_wants_one(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=tidy)
+def test_gradients_are_linear_in_dy(device, backend, case):
+    law_gradients_are_linear_in_dy(Run(case, backend, device))
+
+
+@both
+@examples(5)
+@given(case=tidy)
+def test_memory_layout_does_not_matter(device, backend, case):
+    law_memory_layout_does_not_matter(Run(case, backend, device), {"x"})
+
+
+@both
+@examples(8)
+@given(case=rows_of_x, seed=st.integers(0, 99))
+def test_tokens_do_not_see_each_other(device, backend, case, seed):
+    law_tokens_do_not_see_each_other(Run(case, backend, device), {"x"}, seed)
+
+
+@both
+@examples(8)
+@given(case=rows_of_x, cut=st.integers(0, 6))
+def test_a_batch_is_its_parts(device, backend, case, cut):
+    law_a_batch_is_its_parts(Run(case, backend, device), {"x"}, cut)
+
+
+@both
+@examples(8)
+@given(case=rows_of_x)
+def test_silent_tokens_teach_nothing(device, backend, case):
+    law_silent_tokens_teach_nothing(Run(case, backend, device), {"x"})
+
+
+@both
+@examples(15)
+@given(case=tidy)
+def test_it_is_its_three_layers_and_an_activation(device, backend, case):
+    """One call, or `lora_linear` three times with the mask of the hidden one stream on: to the bound."""
+    run = Run(case, backend, device)
+    a, ops = fresh(run.arguments), BACKENDS[backend]
+    with torch.no_grad():
+        g, z = (ops.lora_linear(a["x"], a[name], dropout=case.dropout) for name in ("gate", "up"))
+        y = ops.lora_linear(activate(g, case.activation) * z, a["down"], dropout=hidden_dropout(case.dropout))
+    assert_agree(run.found["y"], y, run.bounds["y"], "y")
+
+
+@both
+@examples(12)
+@given(case=tidy.map(plain_down))
+def test_up_and_down_share_a_factor_of_two(device, backend, case):
+    """Twice up is twice y; half of down makes that up again: every bit."""
+    layers = tuple(replace(layer, nf4=False) for layer in case.layers)
+    run = Run(changed(case, layers=layers, stacked=False), backend, device)
+
+    def times(name: str, factor: float) -> dict:
+        p = run.arguments[name]
+        B = None if p.lora_B is None else p.lora_B * factor
+        return {name: with_parts(p, weight=p.weight * factor, **({} if B is None else {"lora_B": B}))}
+
+    twice = run.results(fresh(run.arguments, **times("up", 2)))
+    back = run.results(fresh(run.arguments, **times("up", 2), **times("down", 0.5)))
+    assert_same_bits(twice["y"], run.found["y"] * 2, "y")
+    assert_same_bits(back["y"], run.found["y"], "y")
+    for name in {"dx", "dgate.lora_A", "dgate.lora_B", "dup.lora_A"} & run.found.keys():
+        assert_same_bits(twice[name], run.found[name] * 2, name)
+        assert_same_bits(back[name], run.found[name], name)
+
+
+@both
+@examples(8)
+@given(case=tidy.map(plain_down))
+def test_nothing_in_gives_nothing_out(device, backend, case):
+    """Without biases x = 0 gives y = 0, and (act(0) = 0, z = 0) no gradient but up's and gate's dx: also zero."""
+    run = Run(case, backend, device)
+    found = run.results(fresh(run.arguments, x=torch.zeros_like(run.arguments["x"]).requires_grad_()))
+    assert all(not value.any() for value in found.values())
+
+
+@both
+@examples(12)
+@given(case=tidy)
+def test_weights_that_lie_together_change_nothing(device, backend, case):
+    together, apart = (Run(changed(case, stacked=stacked), backend, device) for stacked in (True, False))
+    for name, value in together.found.items():
+        assert_agree(value, apart.found[name], apart.bounds[name], name)
+
+
+@both
+@examples(12)
+@given(case=tidy)
+def test_leading_dimensions_do_not_matter(device, backend, case):
+    run = Run(changed(case, shape=(2, 3)), backend, device)
+    flat = run.arguments["x"].detach().reshape(6, -1).requires_grad_(run.arguments["x"].requires_grad)
+    found = run.results(fresh(run.arguments, x=flat), {"y": run.dys["y"].reshape(6, -1)})
+    for name, value in run.found.items():
+        assert_same_bits(found[name].reshape(value.shape), value, name)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activations_at_their_ends(device, activation, dtype):
+    """A gate from far below zero to far above: where exp, erf and tanh have reached their limits, and at zero."""
+    end = 60.0 if dtype == torch.float16 else 200.0  # act(g) · z must stay finite
+    gates = torch.tensor([-end, -end / 2, -20.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 20.0, end / 2, end])
+
+    class Ends(MLPInput):
+        def x(self, make) -> Tensor:
+            return gates[:, None].to(dtype).to(make.device)
+
+    case = Ends(
+        seed=1, dtype=dtype, in_features=1, layers=(Layer(7, 0), Layer(7, 0), Layer(3, 2)), activation=activation
+    )
+    assert_equivalent(case, device)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7)])
+@both
+def test_gradients_are_those_of_finite_differences(device, backend, activation, dropout):
+    layers = (Layer(6, 2, bias=True), Layer(6, 2), Layer(4, 2))
+    run = Run(MLPInput(dtype=torch.float64, shape=(3,), in_features=5, layers=layers, activation=activation,
+                       dropout=dropout), backend, device)  # fmt: skip
+    a = run.arguments
+
+    def function(x, *factors):
+        parts = {
+            n: a[n]._replace(lora_A=factors[2 * i], lora_B=factors[2 * i + 1]) for i, n in enumerate(MLPInput.parts)
+        }
+        return run.case.call(run.backend, a | {"x": x} | parts)
+
+    assert torch.autograd.gradcheck(
+        function, (a["x"], *(t for n in MLPInput.parts for t in (a[n].lora_A, a[n].lora_B)))
+    )

@@ -1,0 +1,198 @@
+"""`multi_lora_linear`, proven: each row of a batch through the adapter it names, or through none."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora.projection import Projection
+from lora.testing.block_cases import MultiLoRAInput
+from lora.testing.cases import LinearInput
+from lora.testing.proof import BACKENDS, assert_equivalent, changed, results
+from lora.testing.strategies import multi_lora_inputs
+from proof.laws import (
+    Run,
+    assert_agree,
+    assert_same_bits,
+    both,
+    examples,
+    fresh,
+    law_a_batch_is_its_parts,
+    law_a_gradient_does_not_depend_on_who_else_wants_one,
+    law_gradients_are_linear_in_dy,
+    law_memory_layout_does_not_matter,
+    law_silent_tokens_teach_nothing,
+    law_tokens_do_not_see_each_other,
+    law_two_runs_are_the_same_bits,
+)
+
+tidy = multi_lora_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
+
+
+def spread(case: MultiLoRAInput) -> MultiLoRAInput:
+    """Seven rows, every adapter and none of them among them."""
+    count = len(case.scalings)
+    return changed(case, index=tuple(i % (count + 1) - 1 for i in range(7)), frozen=frozenset({"weight", "bias"}))
+
+
+spread_out = tidy.map(spread)
+ROWS = {"x", "index"}
+
+
+@examples(80)
+@given(multi_lora_inputs())
+def test_both_backends_are_within_the_bound(device, case):
+    assert_equivalent(case, device)
+
+
+@both
+@examples(8)
+@given(case=multi_lora_inputs())
+def test_two_runs_are_the_same_bits(device, backend, case):
+    law_two_runs_are_the_same_bits(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=tidy)
+def test_a_gradient_does_not_depend_on_who_else_wants_one(device, backend, case):
+    law_a_gradient_does_not_depend_on_who_else_wants_one(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=tidy)
+def test_gradients_are_linear_in_dy(device, backend, case):
+    law_gradients_are_linear_in_dy(Run(case, backend, device))
+
+
+@both
+@examples(6)
+@given(case=tidy)
+def test_memory_layout_does_not_matter(device, backend, case):
+    law_memory_layout_does_not_matter(Run(case, backend, device), {"x"})
+
+
+@both
+@examples(10)
+@given(case=spread_out, seed=st.integers(0, 99))
+def test_rows_do_not_see_each_other(device, backend, case, seed):
+    law_tokens_do_not_see_each_other(Run(case, backend, device), ROWS, seed)
+
+
+@both
+@examples(10)
+@given(case=spread_out, cut=st.integers(0, 7))
+def test_a_batch_is_its_parts(device, backend, case, cut):
+    law_a_batch_is_its_parts(Run(case, backend, device), ROWS, cut)
+
+
+@both
+@examples(10)
+@given(case=spread_out)
+def test_silent_rows_teach_nothing(device, backend, case):
+    law_silent_tokens_teach_nothing(Run(case, backend, device), ROWS)
+
+
+@both
+@examples(15)
+@given(case=spread_out)
+def test_each_row_is_lora_linear_with_its_adapter(device, backend, case):
+    """Outputs, dx, and each adapter's gradients, over its own rows only."""
+    run = Run(case, backend, device)
+    a = run.arguments
+    for j in range(-1, len(case.scalings)):
+        mine = (a["index"] == j).nonzero().flatten()
+        own = (
+            a["base"]
+            if j < 0
+            else a["base"]._replace(lora_A=a["lora_A"][j], lora_B=a["lora_B"][j], scaling=case.scalings[j])
+        )
+        alone = fresh({"x": a["x"].detach()[mine].requires_grad_(), "projection": own})
+        found = results(LinearInput(dtype=case.dtype), BACKENDS[backend], alone, {"h": run.dys["h"][mine]})
+        cpu = mine.cpu()
+        assert_agree(run.found["h"][mine], found["h"], run.bounds["h"][cpu], "h")
+        assert_agree(run.found["dx"][mine], found["dx"], run.bounds["dx"][cpu], "dx")
+        for name in ("dlora_A", "dlora_B") if j >= 0 else ():
+            assert_agree(run.found[name][j], found[name], run.bounds[name][j], name)
+
+
+@both
+@examples(15)
+@given(case=spread_out)
+def test_an_adapter_that_no_row_names_learns_nothing(device, backend, case):
+    """Exactly zero for it, and the others do not notice it."""
+    run = Run(changed(case, index=tuple(min(i, len(case.scalings) - 2) for i in case.index)), backend, device)
+    for name in ("dlora_A", "dlora_B"):
+        assert not run.found[name][-1].any()
+
+
+@both
+@examples(15)
+@given(case=spread_out, seed=st.integers(0, 99))
+def test_adapters_are_alike(device, backend, case, seed):
+    """Adapters stored in another order, rows naming them there: the same results, to the bound."""
+    run = Run(case, backend, device)
+    order = torch.randperm(len(case.scalings), generator=torch.Generator().manual_seed(seed)).to(device)
+    a, place = run.arguments, order.argsort()
+    stored = {name: a[name].detach()[order] for name in ("lora_A", "lora_B", "scaling")}
+    stored = {name: t.requires_grad_(a[name].requires_grad) for name, t in stored.items()}
+    index = torch.where(a["index"] < 0, a["index"], place[a["index"].clamp(min=0)])
+    found = run.results(fresh(a, **stored, index=index))
+    for name, value in run.found.items():
+        by_adapter = name in ("dlora_A", "dlora_B")
+        expected, bound = (value[order], run.bounds[name][order.cpu()]) if by_adapter else (value, run.bounds[name])
+        assert_agree(found[name], expected, bound, name)
+
+
+@both
+@examples(15)
+@given(case=spread_out)
+def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+    run = Run(changed(case, dtype=torch.float32, adapter_dtype=None), backend, device)
+    a = run.arguments
+    halved = (a["lora_B"].detach() / 2).requires_grad_()
+    found = run.results(fresh(a, lora_B=halved, scaling=a["scaling"] * 2))
+    for name, value in run.found.items():
+        assert_same_bits(found[name], value * (2 if name == "dlora_B" else 1), name)
+
+
+@both
+@examples(10)
+@given(case=spread_out)
+def test_no_adapter_is_the_frozen_product(device, backend, case):
+    run = Run(changed(case, index=(-1,) * 5), backend, device)
+    with torch.no_grad():
+        base: Projection = run.arguments["base"]
+        h = BACKENDS["reference"].lora_linear(run.arguments["x"], base)
+    assert_agree(run.found["h"], h, run.bounds["h"], "h")
+    assert not run.found["dlora_A"].any() and not run.found["dlora_B"].any()
+
+
+@both
+@examples(10)
+@given(case=spread_out)
+def test_ranks_can_be_padded(device, backend, case):
+    """Adapters of different ranks are padded with zeros: no change, and a gradient of exactly zero."""
+    run = Run(case, backend, device)
+    A, B = (run.arguments[name].detach() for name in ("lora_A", "lora_B"))
+    wide_A = torch.cat([A, A.new_zeros(len(A), 3, A.shape[2])], 1).requires_grad_()
+    wide_B = torch.cat([B, B.new_zeros(len(B), B.shape[1], 3)], 2).requires_grad_()
+    found = run.results(fresh(run.arguments, lora_A=wide_A, lora_B=wide_B))
+    kept = {"dlora_A": found["dlora_A"][:, : A.shape[1]], "dlora_B": found["dlora_B"][:, :, : A.shape[1]]}
+    for name, value in run.found.items():
+        assert_agree((found | kept)[name], value, run.bounds[name], name)
+    assert not found["dlora_A"][:, A.shape[1] :].any() and not found["dlora_B"][:, :, A.shape[1] :].any()
+
+
+@both
+def test_gradients_are_those_of_finite_differences(device, backend):
+    case = MultiLoRAInput(dtype=torch.float64, index=(0, 2, -1, 0), in_features=4, out_features=5, rank=2, bias=True)
+    run = Run(case, backend, device)
+    a = run.arguments
+
+    def function(x, A, B):
+        return run.case.call(run.backend, a | {"x": x, "lora_A": A, "lora_B": B})
+
+    assert torch.autograd.gradcheck(function, (a["x"], a["lora_A"], a["lora_B"]))
