@@ -16,6 +16,7 @@ ROOT = Path(lora.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 VERBS = {"__init__", "inject", "merge", "modes", "quantize"}  # they act on models, and know of adapters
 OP_FILES = [path for path in sorted((ROOT / "reference").glob("*.py")) if path.stem not in VERBS]
+REPORTERS = {"nursery.py"}  # what a mutant raises when it is imported is its result
 NEUTRAL = {"lora.errors", "lora.projection", "lora.nf4_format"}  # small tuples, errors, constants
 
 
@@ -51,8 +52,13 @@ def test_nothing_is_pickled_and_no_exception_is_swallowed(path):
     tree = ast.parse(path.read_text())
     assert not {"pickle", "torch.load", "torch.save"} & imports(path)
     for node in ast.walk(tree):
-        if isinstance(node, ast.ExceptHandler) and (
-            node.type is None or (isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"})
+        if (
+            isinstance(node, ast.ExceptHandler)
+            and (
+                node.type is None
+                or (isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"})
+            )
+            and path.name not in REPORTERS
         ):
             assert any(isinstance(n, ast.Raise) for n in ast.walk(node)), f"{path.name}:{node.lineno}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

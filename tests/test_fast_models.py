@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny import assert_same, snapshot, tiny_llama
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 import lora.fast
 from lora import LoRAConfig
 from lora.fast.inject import fuse, unfuse
 from lora.fast.patch import norm_of_sum
+from lora.reference.checkpoint import ATTENTION
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "head_dim": 8}
@@ -191,6 +193,34 @@ def test_checkpointing_a_fused_model_is_bit_identical(family, mode):
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
         assert torch.equal(found[name], gradient), name
+
+
+class CountAttention(TorchDispatchMode):
+    """How often a fused attention operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func.name() in ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # which has no fused one
+@pytest.mark.parametrize(("mode", "again"), [("recompute", 2), ("selective", 0)])
+def test_selective_runs_attention_once_and_watches_nothing_else(family, mode, again):
+    model = lora.inject(build(family, attn_implementation="sdpa"), LoRAConfig(r=4, init_lora_weights=False))
+    lora.fast.for_training(model, checkpointing=mode)
+    model.zero_grad()
+    watched = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: watched.append(torch._C._len_torch_dispatch_stack()))
+    loss = model(IDS, labels=IDS).loss
+    with CountAttention() as count:
+        loss.backward()
+    assert count.calls == again  # of two blocks
+    assert watched == [0, 0, 1, 1]  # forward, and again in the backward, where this test watches
 
 
 def count_calls(module: nn.Module) -> list[Tensor]:

@@ -1,9 +1,11 @@
-"""Activation checkpointing for the fast backend: `lora.reference.checkpoint`'s way, with two things it does not have.
+"""Activation checkpointing for the fast backend: `lora.reference.checkpoint`'s way, with three things it does not have.
 
 **The last product is not run again.** A block ends in `x + down_proj(h)`. When the block is run a second time, only
 what its operations save is wanted, and after `down_proj` nothing is saved: its product, a fifth of the block's
 arithmetic, would be thrown away. Fused operations report themselves to the run they are part of; if the last of them
 was followed by no saved tensor in the first run, it leaves its product out of the second.
+
+**Attention announces itself.** `selective` watches the calls of fused attentions alone, not every operation.
 
 **Offloading overlaps.** On a GPU a block's input is copied to pinned host memory on a stream of its own while the block
 computes, and fetched back while the block after it is still in its backward: two buffers' worth of inputs are on the
@@ -17,13 +19,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora.reference.checkpoint import Inputs, Run, Traffic, run_checkpointed
+from lora.reference.checkpoint import Inputs, KeepAttention, ReplayAttention, Run, Traffic, run_checkpointed
 
 
 def checkpoint(
@@ -51,10 +53,27 @@ class FastRun(Run):
         super().__init__(function, args, kwargs, offload, selective)
         self.operations: list[tuple[int, int]] = []  # first run: tensors saved before each, and by it
         self.position: int | None = None  # second run: how many have begun
+        self.announced = self.attention is not None and announces_attention(function, args)
+        self.replay: ReplayAttention | None = None  # second run, where attention is announced
 
     def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], offload: bool | Traffic) -> Inputs:
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in args)
         return HostInputs(args, kwargs, offload) if offload and on_gpu else Inputs(args, kwargs, offload)
+
+    def keep_attention(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.announced else super().keep_attention()
+
+    def replay_attention(self) -> AbstractContextManager[Any]:
+        if not self.announced or self.attention is None:
+            return super().replay_attention()
+        self.replay = ReplayAttention(self.attention)
+        return nullcontext()
+
+    def around_attention(self) -> AbstractContextManager[Any]:
+        """What an announced attention runs in."""
+        if not self.announced or self.attention is None:
+            return nullcontext()
+        return KeepAttention(self.attention) if self.position is None else self.replay or nullcontext()
 
     def surroundings(self) -> list[Any]:
         return [*super().surroundings(), _current(self, second=True)]
@@ -83,6 +102,24 @@ def product_is_wanted(saves: int) -> bool:
     """
     run: FastRun | None = getattr(_running, "run", None)
     return run is None or run.begins(saves)
+
+
+def attention_begins() -> AbstractContextManager[Any]:
+    """Announces a fused attention: what it is to run in, now."""
+    run: FastRun | None = getattr(_running, "run", None)
+    return nullcontext() if run is None else run.around_attention()
+
+
+def announces_attention(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a checkpointed block is one whose attention announces itself (`lora.fast.patch`).
+
+    Then only that call is watched. Watching every operation of the block, as the reference does, costs the host more
+    than the GPU saves.
+    """
+    called = getattr(function, "func", function)  # transformers hands over a partial of the block's forward
+    owners = (getattr(called, "__self__", None), *getattr(function, "args", ()), *args)[:2]
+    attentions = (getattr(owner, "self_attn", None) for owner in owners)
+    return any("announces_attention" in getattr(attention, "fused_options", ()) for attention in attentions)
 
 
 @contextmanager

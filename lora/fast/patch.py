@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora import dispatch
+from lora.fast.checkpoint import attention_begins
 from lora.fast.operands import rows_of_one
 from lora.layers import AdapterLayer, LoRALinear, Update
 from lora.nf4_layer import NF4Linear
@@ -170,7 +171,8 @@ def patch_attention(fusion: Fusion, path: str, module: Any) -> None:
         notes.append("q, k, v in one product")
     forward = inspect.unwrap(type(module).forward)
     if "apply_rotary_pos_emb" in forward.__code__.co_names and forward is type(module).forward:
-        patch(fusion, module, with_rotary(forward), {})
+        announces = asks_for_attention(forward)
+        patch(fusion, module, with_rotary(forward), {"announces_attention": True} if announces else {})
         notes.append("RoPE in one pass")
     fusion.notes[path] = ", ".join(notes) or "left as it is: an attention of another shape"
 
@@ -180,13 +182,40 @@ def with_rotary(forward: Any) -> Any:
     """An attention's forward with our `rotary`: one function for all instances, with code and globals of its own.
 
     torch.compile keeps what it compiled with the code object and finds it by name in the globals: neither may be
-    shared with a function that does not share the other.
+    shared with a function that does not share the other. And it looks globals that have a module's name up in that
+    module, where these are not.
     """
     code = forward.__code__.replace(co_name=f"fused_{forward.__name__}")
     names = {**forward.__globals__, "apply_rotary_pos_emb": rotary}
+    del names["__name__"]
+    if asks_for_attention(forward):
+        names["ALL_ATTENTION_FUNCTIONS"] = Announcing(names["ALL_ATTENTION_FUNCTIONS"])
     fused = types.FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
     fused.__kwdefaults__ = forward.__kwdefaults__
+    fused.__module__ = forward.__module__
     return fused
+
+
+def asks_for_attention(forward: Any) -> bool:
+    """Whether an attention's forward takes its function from transformers' table, by the call that `Announcing` has."""
+    return {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= {*forward.__code__.co_names}
+
+
+class Announcing:
+    """transformers' attention functions, each of which tells a checkpoint when it runs."""
+
+    def __init__(self, functions: Any) -> None:
+        self.functions = functions
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The attention function of that name."""
+        attention = self.functions.get_interface(name, default)
+
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            with attention_begins():
+                return attention(*args, **kwargs)
+
+        return announced
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
