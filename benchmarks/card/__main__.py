@@ -1,9 +1,10 @@
-"""Measures one GPU: python -m benchmarks.card --out DIR [--parts check ceilings ops steps context] [--seconds 550]
+"""Measures one GPU: python -m benchmarks.card --out DIR [--parts check ceilings ops steps real context] [--seconds 550]
 
     check      every operation's outputs and gradients against float64
     ceilings   copy bandwidth, bf16 products
     ops        every operation, forward and backward, beside its floor, torch, PEFT and Liger
     steps      training steps of an 8B model with random weights, beside PEFT's
+    real       a real small model trained by both backends, loss by loss
     context    the longest sequence that trains in NF4 with offloading
 
 Rows are on disk as soon as they are known: a call that is killed leaves what it had. Calls into one DIR add up, and
@@ -21,13 +22,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.card import ceilings, context, environment, ops, steps
+from benchmarks.card import ceilings, context, environment, ops, real, steps
 from benchmarks.card.cases import LLAMA_8B, TINY, Session
 from benchmarks.card.rows import Recorder, Row
 from benchmarks.card.timing import attempt
 
 PARTS: dict[str, Callable[[Session], None]] = {
-    "check": ops.check, "ceilings": ceilings.run, "ops": ops.run, "steps": steps.run, "context": context.run,
+    "check": ops.check, "ceilings": ceilings.run, "ops": ops.run, "steps": steps.run,
+    "real": real.run, "context": context.run,
 }  # fmt: skip
 
 

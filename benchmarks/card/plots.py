@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,28 @@ def draw_all(rows: Rows, directory: Path, card: str) -> list[str]:
             figure.savefig(directory / f"{card}_{name}.png")
             drawn.append(f"{card}_{name}.png")
     return drawn
+
+
+def draw_losses(path: Path, directory: Path, card: str) -> str:
+    """The losses of both backends, and how far they are apart; returns the file's name."""
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    figure, axes = new_figure(5)
+    apart = axes.twinx()
+    for dtype, colour in (("float32", COLOURS["ours"]), ("bfloat16", COLOURS["peft"])):
+        chosen = [line for line in lines if line["dtype"] == dtype]
+        steps = [int(line["step"]) for line in chosen]
+        curves = {name: [float(line[name]) for line in chosen] for name in ("reference", "fast", "control")}
+        axes.plot(steps, curves["reference"], color=colour, alpha=0.35, linewidth=5, label=f"{dtype}, reference")
+        axes.plot(steps, curves["fast"], color=colour, linewidth=1.3, label=f"{dtype}, fast")
+        for name, style in (("fast", "-"), ("control", ":")):
+            distance = [abs(a - b) for a, b in zip(curves[name], curves["reference"], strict=True)]
+            apart.semilogy(steps, distance, style, color=colour, linewidth=0.9, alpha=0.7)
+    axes.set(xlabel="step", ylabel="loss")
+    apart.set_ylabel("apart from the reference: fast solid, control dotted")
+    axes.legend(loc="upper right", frameon=False)
+    figure.savefig(directory / f"{card}_losses.png")
+    return f"{card}_losses.png"
 
 
 def new_figure(height: float) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
 from csv import DictWriter
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.card import plots
 from benchmarks.card.goals import GIB, GOALS, Rows, peft_beside, ratio, seconds
+from benchmarks.card.real import LOSSES_NAME
 from benchmarks.card.rows import (
     CSV_NAME,
     ENVIRONMENT_NAME,
@@ -93,6 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
     write_csv(rows, given.output / f"{slug}.csv")
     (given.output / f"{slug}.json").write_text(json.dumps(environments, indent=1) + "\n", encoding="utf-8")
     pictures = plots.draw_all(Rows(rows), given.output, slug)
+    losses = [directory / LOSSES_NAME for directory in given.directories if (directory / LOSSES_NAME).exists()]
+    if losses:
+        shutil.copyfile(losses[-1], given.output / f"{slug}_losses.csv")
+        pictures.append(plots.draw_losses(losses[-1], given.output, slug))
     (given.output / f"{slug}.md").write_text(page(rows, environments[-1], slug, causes, pictures), encoding="utf-8")
 
 
@@ -121,7 +127,8 @@ def page(
     parts = [HEADER.format_map(names | {"slug": slug, "driver": driver, "date": environment.get("date", "?")})]
     if "dry run" in environment["card"]:
         parts.append(DRY)
-    parts += [goals(found, causes), ceilings(found), steps(found, slug, pictures), context(found)]
+    parts += [goals(found, causes), ceilings(found), steps(found, slug, pictures)]
+    parts += [real(found, slug, pictures), context(found)]
     parts += [operations(found, slug, pictures), forms(found), checks(found), missing(found), HOW]
     return "\n".join(part for part in parts if part)
 
@@ -192,6 +199,24 @@ def step_line(rows: Rows, row: Row, slug: str) -> tuple[str, ...]:
 def gib(count: int | None) -> str:
     """Two decimals."""
     return "-" if count is None else f"{count / GIB:.2f}"
+
+
+def real(rows: Rows, slug: str, pictures: Sequence[str]) -> str:
+    """Both backends' losses on a real model."""
+    found = [row for row in rows.all if row.part == "real"]
+    if not found:
+        return ""
+    lines = [
+        [row.name, row.variant, "-" if row.median_s is None else f"{1e3 * row.median_s:.0f}", row.note] for row in found
+    ]
+    picture = f"{slug}_losses.png"
+    shown = f"![{picture}]({picture})\n\n" if picture in pictures else ""
+    return (
+        "## A real model, on both backends\n\n"
+        "SmolLM2-135M-Instruct, r 16 on seven projections, the standard library's docstrings, the same batches and the "
+        f"same start. The control is the reference with products of other sizes. [{slug}_losses.csv]({slug}_losses.csv) "
+        f"has every loss.\n\n{shown}" + table(["", "run", "ms a step", "losses"], lines)
+    )
 
 
 def context(rows: Rows) -> str:

@@ -375,5 +375,8 @@ def cross_entropy(
     # a gradient made in the forward is multiplied by the loss's own, each rounded once more
     one = exact(torch.ones(()), hidden.dtype).rounded()
     gradients = {name: (value * one).rounded() for name, value in gradients.items()}
+    if not each:  # and what its first rounding costs near zero is multiplied too
+        near_zero = floor_of(hidden.dtype) * float(dloss.abs())
+        gradients = {name: v._with(v.value, v.worst, v.variance, near_zero) for name, v in gradients.items()}
     gradients["dhidden"] = gradients.pop("dx")
     return gradients | {"loss": loss}
