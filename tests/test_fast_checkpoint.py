@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny import tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 import lora.fast
 from lora import LoRAConfig
 from lora.projection import Projection
-from lora.reference.checkpoint import Inputs, Traffic
+from lora.reference.checkpoint import ATTENTION, Inputs, Traffic
 from lora.reference.checkpoint import checkpoint as reference_checkpoint
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -221,3 +222,29 @@ def test_memory_that_cannot_be_pinned_is_counted(monkeypatch):
     with pytest.warns(UserWarning, match="cannot be pinned"):
         chain(lora.fast.checkpoint, traffic, torch.sin, 2, device="cuda").backward()
     assert traffic == Traffic(out=2 * SIZE, back=2 * SIZE, waiting=0, peak=2 * SIZE, pageable=2 * SIZE)
+
+
+class CountAttention(TorchDispatchMode):
+    """How often a fused attention operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func.name() in ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "again"), [("recompute", 2), ("selective", 0)])
+def test_attention_announces_itself_and_nothing_else_is_watched(mode, again):
+    model = lora.inject(tiny_llama(), LoRAConfig(r=4, init_lora_weights=False))
+    lora.for_training(model, checkpointing=mode)
+    watched = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: watched.append(torch._C._len_torch_dispatch_stack()))
+    loss = model(IDS, labels=IDS).loss
+    with CountAttention() as count:
+        loss.backward()
+    assert count.calls == again  # of two blocks
+    assert watched == [0, 0, 1, 1]  # forward, and again in the backward, where this test watches

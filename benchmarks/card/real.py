@@ -46,6 +46,7 @@ def run(session: Session) -> None:
     with open(session.recorder.path.parent / LOSSES_NAME, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(NAMES)
+        file.flush()
         for dtype in (torch.float32, torch.bfloat16):
             if session.seconds_left() < 60:
                 session.recorder.add(Row("real", "training", "fast", note=f"{NOT_RUN}: no time was left"))
@@ -54,6 +55,7 @@ def run(session: Session) -> None:
             curves = {name: curve(session, model, start, batches, *how) for name, how in RUNS.items()}
             lines = enumerate(zip(*curves.values(), strict=True), 1)
             table.writerows([name_of(dtype), number, *losses] for number, losses in lines)
+            file.flush()
             record(session, dtype, curves)
 
 

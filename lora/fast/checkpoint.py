@@ -117,7 +117,7 @@ def announces_attention(function: Callable[..., Any], args: tuple[Any, ...]) -> 
     than the GPU saves.
     """
     called = getattr(function, "func", function)  # transformers hands over a partial of the block's forward
-    owners = (getattr(called, "__self__", None), *getattr(function, "args", ()), *args)[:2]
+    owners = (getattr(called, "__self__", None), *getattr(function, "args", ()), *args)
     attentions = (getattr(owner, "self_attn", None) for owner in owners)
     return any("announces_attention" in getattr(attention, "fused_options", ()) for attention in attentions)
 
