@@ -61,8 +61,12 @@ class Bounded:
         return torch.promote_types(self.dtype, torch.float32)
 
     def bound(self) -> Tensor:
-        """The largest error that a right computation may make, elementwise."""
-        return torch.minimum(self.worst, SPREAD * self.variance.sqrt())
+        """The largest error that a right computation may make, elementwise.
+
+        Where it has no limit (a DoRA row whose norm is lost in rounding) it is infinite, and so is what it is part of,
+        even times zero, which is NaN until here.
+        """
+        return torch.minimum(self.worst, SPREAD * self.variance.sqrt()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def _with(self, value: Tensor, worst: Tensor, variance: Tensor, error: Tensor | float) -> Bounded:
         """These, and one more rounding of at most `error`."""
