@@ -460,3 +460,11 @@ def test_a_hook_on_a_layer_that_fusing_would_not_call_fires(path):
     handle.remove()
     step(model)
     assert len(seen) == 1
+
+
+def test_a_tuple_is_returned_where_one_is_asked_for():
+    model = lora.for_training(lora.inject(build("llama"), LoRAConfig(r=4, init_lora_weights=False)))
+    expected = model(IDS, labels=IDS).loss
+    assert torch.equal(model(IDS, labels=IDS, return_dict=False)[0], expected)
+    model.config.return_dict = False
+    assert torch.equal(model(IDS, labels=IDS)[0], expected)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora
 import lora.fast as fast
 import lora.reference as reference
+from lora.fast.nf4 import release_workspaces
 from lora.projection import Dropout, Projection
 from lora.reference.loss import warn_nothing_counts
 
@@ -195,3 +197,32 @@ def test_groups_of_tokens_follow_the_index():
         assert_same()
         index[2] = 0
         assert_same()
+
+
+def test_an_nf4_layer_trains_after_inference_mode():
+    release_workspaces()
+    layer = projection(16, 12, 3)._replace(weight=lora.ops.nf4_quantize(normal(16, 12).float()))
+    x = normal(5, 12).requires_grad_()
+    with torch.inference_mode():
+        expected = fast.lora_linear(x.detach(), layer)
+    h = fast.lora_linear(x, layer)
+    assert torch.equal(h, expected)
+    h.sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_mlp", "rms_norm", "layer_norm", "linear_cross_entropy"])
+def test_a_gradient_of_a_gradient_raises(name):
+    """The backwards are written for numbers: a second derivative would lose terms without a word."""
+    x, weight = normal(4, 8).requires_grad_(), normal(8)
+    square, labels = projection(8, 8, 2), torch.tensor([1, 0, 3, 2])
+    function = {
+        "lora_linear": lambda: fast.lora_linear(x, square),
+        "lora_mlp": lambda: fast.lora_mlp(x, square, square, square, activation="silu"),
+        "rms_norm": lambda: fast.rms_norm(x, weight),
+        "layer_norm": lambda: fast.layer_norm(x, weight),
+        "linear_cross_entropy": lambda: fast.linear_cross_entropy(x, square, labels),
+    }[name]
+    (gradient,) = torch.autograd.grad(function().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()

@@ -12,7 +12,8 @@ Projections of one x (q, k, v; gate, up) are a *group*: their A's are stacked, D
 their weights lie one after another in memory (`lora.fast.inject.fuse` sees to that) or are decoded from NF4 into one
 workspace, x goes through one product. `lora_linear` is a group of one, `lora_qkv` of three, `lora_mlp` of two and one.
 
-An NF4 weight is decoded into a reused workspace (`lora.fast.nf4`), once in the forward and once in the backward.
+An NF4 weight is decoded into a reused workspace (`lora.fast.nf4`), once in the forward and once in the backward (DoRA,
+which needs the matrix itself, once more).
 Dropout's mask is counted again in the backward (`lora.fast.dropout`); D(x) is never kept.
 
 DoRA without dropout rescales the one product, h = g ⊙ (x Wᵀ + s u Bᵀ) + b; with dropout the frozen path needs the
@@ -21,6 +22,7 @@ undropped x, and so a second product (`lora.reference.dora` has the equation).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -304,7 +306,8 @@ def adapter_gradients(
     wanted = [part.lora_A.dtype for part, need in zip(parts, needs, strict=True) if part.lora_A is not None and need[2]]
     if not wanted or du is None or rows is None:
         return
-    stacked = product_in(wanted[0], du.T, apply_dropout(rows, dropout))  # [Σ r, in]
+    widest = functools.reduce(torch.promote_types, wanted)
+    stacked = product_in(widest, du.T, apply_dropout(rows, dropout))  # [Σ r, in]
     for i, (part, dA) in enumerate(zip(parts, stacked.split(ranks) if len(parts) > 1 else (stacked,), strict=True)):
         if needs[i][2] and part.lora_A is not None:
             gradients[i][2] = dA.to(part.lora_A.dtype)

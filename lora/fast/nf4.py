@@ -100,7 +100,8 @@ def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
     key = (device, dtype, stream)
     if key not in _workspaces or _workspaces[key].numel() < count:
-        _workspaces[key] = torch.empty(count, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # what is made under it cannot be written to outside
+            _workspaces[key] = torch.empty(count, dtype=dtype, device=device)
     return _workspaces[key][:count]
 
 

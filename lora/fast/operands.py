@@ -159,6 +159,7 @@ def product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
     """
     if left.dtype == dtype:
         return torch.mm(left, right)
-    if left.is_cuda and dtype == torch.float32 and not torch.compiler.is_compiling():
+    halves = left.dtype in (torch.float16, torch.bfloat16)
+    if left.is_cuda and halves and dtype == torch.float32 and not torch.compiler.is_compiling():
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)

@@ -85,7 +85,7 @@ FlatPart = tuple[list[Tensor | None], list[int], torch.dtype, float]
 
 
 def flat_part(static: tuple[NF4Weight | None, float], tensors: Sequence[Tensor | None]) -> FlatPart:
-    """A part (`lora.fast.operands.unpacked`) as an operator takes it: tensors, NF4's sizes and dtype, the scaling."""
+    """A part (`unpacked`) as an operator takes it: tensors, NF4's sizes and dtype, the scaling."""
     quantised, scaling = static
     if quantised is None:
         return [*tensors], [], torch.float32, scaling

@@ -414,8 +414,10 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if labels is None or not self.training or extra.get("shift_labels") is not None or watched:
         return original(self, *args, **kwargs)
     bound.pop("logits_to_keep", None)
+    as_dict = extra.pop("return_dict", None)
+    as_dict = self.config.return_dict if as_dict is None else as_dict
     num_items = extra.pop("num_items_in_batch", None)
-    outputs = self.model(**bound, **extra)
+    outputs = self.model(**bound, **extra, return_dict=True)
     hidden = outputs.last_hidden_state
     config = self.config.get_text_config()
     update = update_of(self.lm_head)
@@ -430,12 +432,13 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    return CausalLMOutputWithPast(
+    output = CausalLMOutputWithPast(
         loss=loss,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+    return output if as_dict else output.to_tuple()
 
 
 # ---- layers

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora.errors import UnsupportedError
 
@@ -54,13 +55,14 @@ def runs_triton(x: Tensor) -> bool:
 class FusedFunction(torch.autograd.Function):
     """An autograd function that autocast leaves alone: its inputs have the types they should have already.
 
-    Without this, autocast would cast some of the products inside and not those that write in place.
+    Without this, autocast would cast some of the products inside and not those that write in place. Its backward is
+    written for numbers, not for a graph, so that a gradient of a gradient raises.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.forward = staticmethod(without_autocast(cls.forward))  # type: ignore[method-assign]
-        cls.backward = staticmethod(without_autocast(cls.backward))  # type: ignore[method-assign]
+        cls.backward = staticmethod(once_differentiable(without_autocast(cls.backward)))  # type: ignore[assignment, method-assign]
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
