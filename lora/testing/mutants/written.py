@@ -30,7 +30,7 @@ WRITTEN: dict[str, list[Text]] = {
         ("with dropout, dx without the update's part", "through_dropout = torch.mm(du, factors.A)",
          "through_dropout = torch.mm(du, factors.A) * 0"),
         ("the forward adapts the undropped x", "adapted_input = apply_dropout(rows, dropout)", "adapted_input = rows"),
-        ("dA of the undropped x", "product_in(wanted[0], du.T, apply_dropout(rows, dropout))", "product_in(wanted[0], du.T, rows)"),
+        ("dA of the undropped x", "product_in(widest, du.T, apply_dropout(rows, dropout))", "product_in(widest, du.T, rows)"),
         ("dA is zero", "gradients[i][2] = dA.to(part.lora_A.dtype)", "gradients[i][2] = torch.zeros_like(part.lora_A)"),
         ("dB is zero", "gradients[i][3] = product_in(part.lora_B.dtype, dh.T, u)", "gradients[i][3] = torch.zeros_like(part.lora_B)"),
         ("the parts' dA exchanged", "stacked.split(ranks) if len(parts) > 1", "stacked.flip(0).split(ranks) if len(parts) > 1"),
