@@ -56,7 +56,7 @@ def stir(model: nn.Module, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Measures one GPU: python -m benchmarks.card --out DIR [--parts check ceilings ops steps real context] [--seconds 550]
+"""Measures one GPU: python -m benchmarks.card --out DIR [--parts check ceilings ops steps profile real context] [--seconds 550]
 
     check      every operation's outputs and gradients against float64
     ceilings   copy bandwidth, bf16 products
     ops        every operation, forward and backward, beside its floor, torch, PEFT and Liger
     steps      training steps of an 8B model with random weights, beside PEFT's
+    profile    where the time of such a step goes, and its products and its attention alone
     real       a real small model trained by both backends, loss by loss
     context    the longest sequence that trains in NF4 with offloading
 
@@ -22,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.card import ceilings, context, environment, ops, real, steps
+from benchmarks.card import ceilings, context, environment, ops, profile, real, steps
 from benchmarks.card.cases import LLAMA_8B, TINY, Session
 from benchmarks.card.rows import Recorder, Row
 from benchmarks.card.timing import attempt
 
 PARTS: dict[str, Callable[[Session], None]] = {
     "check": ops.check, "ceilings": ceilings.run, "ops": ops.run, "steps": steps.run,
-    "real": real.run, "context": context.run,
+    "profile": profile.run, "real": real.run, "context": context.run,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""The kernel tests run the real Triton kernels: in the interpreter on a CPU, or with LORA_TEST_GPU=1 compiled on a GPU.
+"""The kernel tests run the real Triton kernels: compiled where there is a GPU, else in the interpreter, and everywhere in
+the interpreter with TRITON_INTERPRET=1.
 
-Triton reads TRITON_INTERPRET when a kernel's module is imported, so these tests need a process of their own:
+Triton reads that variable when a kernel's module is imported, so these tests need a process of their own:
 `pytest tests/kernels`.
 """
 
@@ -13,9 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-ON_GPU = os.environ.get("LORA_TEST_GPU") == "1"
-if ON_GPU and not torch.cuda.is_available():
-    raise RuntimeError("LORA_TEST_GPU=1 asks for a GPU, and torch sees none: unset it to run in Triton's interpreter.")
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if not ON_GPU:
     if "triton.language" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
