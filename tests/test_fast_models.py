@@ -30,7 +30,7 @@ def build(family: str, **overrides: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **TOKENS, **overrides)
+    config = AutoConfig.for_model(family, **{**SIZES, **TOKENS, **overrides})
     model = AutoModelForCausalLM.from_config(config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -468,3 +468,45 @@ def test_a_tuple_is_returned_where_one_is_asked_for():
     assert torch.equal(model(IDS, labels=IDS, return_dict=False)[0], expected)
     model.config.return_dict = False
     assert torch.equal(model(IDS, labels=IDS)[0], expected)
+
+
+NF4_PHI3 = [  # config, double quantisation, whether gate's and up's blocks come apart
+    ({}, False, True),
+    ({}, True, False),  # half of its blocks are no whole number of nested ones
+    ({"hidden_size": 64, "intermediate_size": 256, "head_dim": 16}, True, True),
+]
+
+
+@pytest.mark.parametrize(("sizes", "double_quant", "fused"), NF4_PHI3, ids=str)
+def test_phi3_s_gate_and_up_come_apart_in_nf4(sizes, double_quant, fused):
+    """They are one NF4 matrix: fused where no block lies in both, and else said not to be."""
+    model = lora.quantize(build("phi3", **sizes).float(), "nf4", double_quant=double_quant).double()
+    lora.inject(model, LoRAConfig(r=4, lora_alpha=8, init_lora_weights=False))
+    expected = reference_step(model)
+    found = step(lora.fast.for_training(model))
+    notes = [note for path, note in model.lora_state.modes["fusion"].notes.items() if path.endswith("mlp")]
+    assert {"gate, up and down in one function" == note for note in notes} == {fused}
+    assert fused or all("a block that holds both" in note for note in notes)
+    assert_close(found, expected)
+
+
+def test_shifted_labels_are_taken_as_they_are():
+    """Where a sequence is split over ranks, its labels come shifted: the loss still forms no logits."""
+    model = lora.inject(build("llama"), LoRAConfig(r=4, init_lora_weights=False))
+    shifted = torch.cat([IDS[:, 1:], torch.full((2, 1), -100)], dim=1)
+    with lora.use_backend("reference"):
+        expected = lora.for_training(model)(IDS, labels=IDS, shift_labels=shifted).loss
+    output = lora.fast.for_training(model)(IDS, labels=IDS, shift_labels=shifted)
+    assert output.logits is None
+    assert abs(float((output.loss - expected).detach())) <= FLOAT32 * float(expected.detach())
+    other = model(IDS, labels=IDS, shift_labels=shifted.flip(0)).loss  # it is these that count
+    assert abs(float((other - expected).detach())) > 1e-3
+
+
+def test_logits_that_were_asked_for_are_there():
+    """`logits_to_keep` with labels of that many tokens is transformers' own business."""
+    model = lora.fast.for_training(lora.inject(build("llama"), LoRAConfig(r=4, init_lora_weights=False)))
+    output = model(IDS, labels=IDS[:, -3:], logits_to_keep=3)
+    assert output.logits.shape == (2, 3, 64)
+    expected = type(model).forward(model, IDS, labels=IDS[:, -3:], logits_to_keep=3).loss
+    assert torch.equal(output.loss, expected)

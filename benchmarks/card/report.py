@@ -127,7 +127,7 @@ def page(
     parts = [HEADER.format_map(names | {"slug": slug, "driver": driver, "date": environment.get("date", "?")})]
     if "dry run" in environment["card"]:
         parts.append(DRY)
-    parts += [goals(found, causes), ceilings(found), steps(found, slug, pictures)]
+    parts += [goals(found, causes), ceilings(found), steps(found, slug, pictures), profile(found)]
     parts += [real(found, slug, pictures), context(found)]
     parts += [operations(found, slug, pictures), forms(found), checks(found), missing(found), HOW]
     return "\n".join(part for part in parts if part)
@@ -194,6 +194,36 @@ def step_line(rows: Rows, row: Row, slug: str) -> tuple[str, ...]:
         gib(None if row.peak_bytes is None else row.peak_bytes + (row.base_bytes or 0)),
         f"{theirs / seconds(row):.2f}" if theirs else "-",
     )  # fmt: skip
+
+
+def profile(rows: Rows) -> str:
+    """A step's time by kind of kernel, at each number of sequences, and what bounds it."""
+    found = [row for row in rows.all if (row.part, row.name) == ("profile", "step bf16") and row.median_s]
+    if not found:
+        return ""
+    shapes = list(dict.fromkeys(row.shape for row in found))
+    lines = []
+    for kind in dict.fromkeys(row.variant for row in found):
+        beside = [rows.one("profile", "step bf16", kind, tokens) for tokens in dict.fromkeys(r.tokens for r in found)]
+        cells = (
+            f"{1e3 * seconds(row):.1f}{f' ({row.note})' if row.note else ''}" if row is not None else "-"
+            for row in beside
+        )
+        lines.append((f"`{kind.removeprefix('other: ')}`" if kind.startswith("other: ") else kind, *cells))
+    alone = [row for row in rows.all if row.part == "profile" and row.name.endswith("in a row") and row.median_s]
+    text = (
+        "Kernels' own time in one step, bfloat16, no checkpointing, by what they compute: a product by its sizes, anything else by its "
+        "kernel's name.\nThe step's time is measured without the profiler."
+    )
+    rates = "".join(
+        f"- {row.name}, nothing else: {1e3 * seconds(row):.1f} ms"
+        + (f", {row.flops / seconds(row) / 1e12:.0f} TFLOP/s" if row.flops else "")
+        + (f" ({row.note})" if row.note else "")
+        + "\n"
+        for row in alone
+    )
+    columns = ("ms a step (kernels)", *(f"{shape} tokens" for shape in shapes))
+    return f"## Where the time goes\n\n{text}\n\n{table(columns, lines)}\n{rates}"
 
 
 def gib(count: int | None) -> str:

@@ -20,8 +20,10 @@ from lora.reference.embedding import check_ids, table_of
 def lora_embedding(ids: Tensor, projection: Projection, *, padding_idx: int | None = None) -> Tensor:
     """h = W[ids] + s · (Aᵀ[ids]) Bᵀ; arguments, result and errors as in `lora.reference.embedding.lora_embedding`.
 
-    FLOPs: 2·tokens·r·dim. Saved for backward: ids and s·Aᵀ[ids], tokens·(1 + r) numbers (with a trainable DoRA
-    magnitude also tokens·dim).
+    FLOPs: 2·tokens·r·dim. Saved for backward: ids, tokens numbers of int64, and s·Aᵀ[ids], tokens·r numbers of the
+    table's type. A and B only by reference, of whatever type; the table not at all, and so not with autocast, which
+    casts no look-up. With DoRA also g and its norm, dim numbers each of float32 (float64 of float64), and while m
+    trains what g multiplies, tokens·dim numbers of the table's type. There is no dropout.
     """
     table = table_of(projection)
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's or a graph's own look-up raises
@@ -70,7 +72,7 @@ class LoRAEmbeddingFunction(FusedFunction):
         _, wants_table, wants_A, wants_B, wants_m = ctx.needs_input_grad[:5]
         dmagnitude = (dy * adapted).sum(0).to(norm.dtype) / norm if wants_m else None
         dy = dy if gain is None else (dy * gain).to(dy.dtype)
-        dtable = dy.new_zeros(ctx.vocab, dy.shape[1]).index_add_(0, rows, dy) if wants_table else None
+        dtable = summed_by_id(dy, rows, ctx.vocab) if wants_table else None
         if lora_A is None:
             return None, dtable, None, None, None, None, None
         dB = (dy.T @ su).to(lora_B.dtype) if wants_B else None  # [dim, r]
@@ -80,6 +82,11 @@ class LoRAEmbeddingFunction(FusedFunction):
             if ctx.padding_idx is not None:
                 du.masked_fill_((rows == ctx.padding_idx % ctx.vocab)[:, None], 0)
             wide = torch.promote_types(du.dtype, torch.float32)
-            dA_rows = torch.zeros(ctx.vocab, du.shape[1], dtype=wide, device=du.device)
-            dA = dA_rows.index_add_(0, rows, du.to(wide)).T.to(lora_A.dtype)  # [r, vocab]
+            dA = summed_by_id(du.to(wide), rows, ctx.vocab).T.to(lora_A.dtype)  # [r, vocab]
         return None, dtable, dA, dB, dmagnitude, None, None
+
+
+def summed_by_id(rows: Tensor, ids: Tensor, vocab: int) -> Tensor:
+    """For each id the sum of its rows, [vocab, features]; on a GPU sorted by id, not by atomic additions, whose order
+    and so whose last bits change from run to run."""
+    return torch.ops.aten.embedding_dense_backward(rows, ids, vocab, -1, False)  # type: ignore[no-any-return]

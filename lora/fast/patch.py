@@ -27,8 +27,9 @@ from lora import dispatch
 from lora.fast.checkpoint import attention_begins
 from lora.fast.operands import rows_of_one
 from lora.layers import AdapterLayer, LoRALinear, Update
+from lora.nf4_format import row_halves
 from lora.nf4_layer import NF4Linear
-from lora.projection import Dropout, Projection
+from lora.projection import Dropout, NF4Weight, Projection
 from lora.reference.mlp import hidden_dropout
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Olmo2", "Gemma2", "Gemma3")
@@ -70,13 +71,18 @@ LAYERS = {f"{family}DecoderLayer": LLAMA_LAYER for family in LLAMA_LIKE if famil
 class Fusion:
     """What was patched, and how to undo it."""
 
-    forwards: list[nn.Module] = field(default_factory=list)  # modules with a forward of ours
+    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)  # modules, and the forward of ours they got
     stacked: list[list[nn.Parameter]] = field(default_factory=list)  # weights laid one after another
     notes: dict[str, str] = field(default_factory=dict)  # module path -> what was done, or why not
 
     def undo(self) -> None:
-        """Takes every patch back; weights get memory of their own again, bit for bit the same."""
-        for module in self.forwards:
+        """Takes every patch back; weights get memory of their own again, bit for bit the same.
+
+        A forward that somebody put around ours since (TRL, accelerate) stays, and goes on calling ours.
+        """
+        for module, ours in self.forwards:
+            if vars(module).get("forward") is not ours:
+                continue
             for name in ("forward", "shared_input", "fused_options"):
                 vars(module).pop(name, None)
         for group in self.stacked:
@@ -100,7 +106,7 @@ def patch_model(model: nn.Module) -> Fusion:
             patch(fusion, module, norm_forward, NORMS[kind])
             fusion.notes[path] = "RMSNorm in one pass"
         elif kind in CAUSAL_LMS:
-            patch(fusion, module, causal_lm_forward, {})
+            patch(fusion, module, with_signature_of(type(module).forward), {})
             fusion.notes[path] = "loss without logits, in training with labels"
     for path, module in list(model.named_modules()):  # now that their norms are patched
         known = type(module).__module__.startswith("transformers.models.") and "forward" not in vars(module)
@@ -115,7 +121,7 @@ def patch(fusion: Fusion, module: nn.Module, forward: Callable[..., Any], option
     """Gives one instance another forward; a bound method, so that a deep copy's is its own."""
     vars(module)["fused_options"] = options
     vars(module)["forward"] = types.MethodType(forward, module)
-    fusion.forwards.append(module)
+    fusion.forwards.append((module, vars(module)["forward"]))
 
 
 # ---- attention
@@ -242,8 +248,8 @@ def patch_mlp(fusion: Fusion, path: str, module: Any) -> None:
     if not all(isinstance(layer, LoRALinear) or plain(layer) for layer in layers):
         fusion.notes[path] = "left as it is: a projection of another kind"
         return
-    if fused and isinstance(getattr(layers[0], "base_layer", layers[0]), NF4Linear):
-        fusion.notes[path] = "left as it is: NF4 weights of gate and up in one matrix"
+    if fused and not can_halve(layers[0]):
+        fusion.notes[path] = "left as it is: NF4 weights of gate and up in one matrix, with a block that holds both"
         return
     stack_weights(fusion, layers[:-1])
     patch(fusion, module, mlp_forward, {"activation": activation})
@@ -274,8 +280,19 @@ def halves(update: Update) -> list[Update]:
 
 
 def two(rows: Any) -> tuple[Any, Any]:
-    """The first and the second half of the rows of a tensor, or of nothing."""
+    """The first and the second half of the rows of a tensor, of an NF4 weight, or of nothing."""
+    if isinstance(rows, NF4Weight):
+        found = row_halves(rows)
+        if found is None:
+            raise TypeError("an NF4 weight with a block in both halves is not fused")
+        return found
     return (None, None) if rows is None else rows.chunk(2)
+
+
+def can_halve(layer: nn.Module) -> bool:
+    """Whether the layer's weight is two of the same rows, side by side in memory."""
+    base = getattr(layer, "base_layer", layer)
+    return not isinstance(base, NF4Linear) or row_halves(base.projection().weight) is not None
 
 
 def mlp_dropout(drops: Sequence[Dropout | None]) -> Dropout | None:
@@ -404,6 +421,17 @@ def added_part(layer: Any, name: str | None, x: Tensor) -> Tensor:
 # ---- loss
 
 
+@functools.cache
+def with_signature_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`causal_lm_forward` that says it takes what `forward` takes: trainers and `generate` look at that."""
+
+    @functools.wraps(forward)
+    def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return causal_lm_forward(self, *args, **kwargs)
+
+    return fused
+
+
 def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """With labels, in training: the loss from the last hidden states, and no logits. Otherwise the model's own."""
     original = type(self).forward
@@ -411,9 +439,10 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     extra = bound.pop("kwargs", {})
     labels, _ = bound.pop("labels", None), bound.pop("self")
     watched = hooked(self.lm_head)  # fused, it is not called
-    if labels is None or not self.training or extra.get("shift_labels") is not None or watched:
+    wants_all = isinstance(keep := bound.pop("logits_to_keep", 0), int) and keep == 0
+    if labels is None or not self.training or not wants_all or watched:
         return original(self, *args, **kwargs)
-    bound.pop("logits_to_keep", None)
+    shifted = extra.pop("shift_labels", None)  # given where a sequence is split over ranks
     as_dict = extra.pop("return_dict", None)
     as_dict = self.config.return_dict if as_dict is None else as_dict
     num_items = extra.pop("num_items_in_batch", None)
@@ -421,10 +450,11 @@ def causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     hidden = outputs.last_hidden_state
     config = self.config.get_text_config()
     update = update_of(self.lm_head)
+    rows, targets = (hidden[:, :-1], labels[:, 1:]) if shifted is None else (hidden, shifted)
     loss = dispatch.ops.linear_cross_entropy(
-        hidden[:, :-1],
+        rows,
         update.projection,
-        labels[:, 1:].to(hidden.device),
+        targets.to(hidden.device),
         dropout=update.dropout,
         num_items=num_items,
         softcap=getattr(config, "final_logit_softcapping", None),
@@ -469,7 +499,7 @@ def together(layers: Sequence[nn.Module]) -> bool:
             groups = layer.groups()
             if len(groups) > 1:
                 return False
-            rates |= {layer.dropout[group[0]] for group in groups}
+            rates |= {layer.dropout_rate(group[0]) for group in groups}
     return len(rates) <= 1
 
 

@@ -3,6 +3,7 @@
     ℓ = lora_linear(hidden, head)                   logits of one token, [vocab]
     z = cap · tanh(scale · ℓ / cap)                 Gemma 2's soft cap; without one, z = scale · ℓ
     p = softmax(z)        loss = -Σ_c t_c log p_c                 with t the target distribution
+                               = log Σ_c exp z_c - Σ_c t_c z_c
 
 Without label smoothing t is one at the label. With smoothing ε (Szegedy et al. 2016, section 7) each of the V classes
 also gets ε / V, and the label 1 - ε + ε / V. As t sums to one, the gradient of softmax and logarithm together is
@@ -79,7 +80,7 @@ def linear_cross_entropy(
     check_options(reduction, num_items, softcap, label_smoothing)
     targets = read_labels(labels, hidden, head.weight.shape[0], ignore_index, reduction, num_items)
     z = capped_logits(flat(lora_linear(hidden, head, dropout=dropout)), softcap, logit_scale)  # [tokens, vocab]
-    losses = F.cross_entropy(z, targets.labels, reduction="none", label_smoothing=label_smoothing)  # [tokens]
+    losses = torch.logsumexp(z, dim=-1) - expected_logit(z, targets.labels, label_smoothing)  # [tokens]
     losses = losses.masked_fill(~targets.counted, 0) * targets.weight
     return losses.view(labels.shape) if reduction == "none" else losses.sum()
 
@@ -117,6 +118,14 @@ def linear_cross_entropy_backward(
         dz = dz * (1 - (z / softcap) ** 2)
     dlogits = (dz * logit_scale).view(logits.shape).to(logits.dtype)
     return lora_linear_backward(dlogits, hidden, head, dropout=dropout)
+
+
+def expected_logit(z: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Σ_c t_c z_c = (1 - ε) z_label + ε mean(z), [tokens]."""
+    z_label = z.gather(1, labels[:, None]).squeeze(1)
+    if not label_smoothing:  # 0 · mean(z) would be NaN where a logit is -inf
+        return z_label
+    return (1 - label_smoothing) * z_label + label_smoothing * z.mean(dim=-1)
 
 
 def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
