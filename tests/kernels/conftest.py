@@ -1,5 +1,5 @@
-"""The kernel tests run the real Triton kernels: compiled where there is a GPU, else in the interpreter, and everywhere in
-the interpreter with TRITON_INTERPRET=1.
+"""The kernel tests run the real Triton kernels: compiled where there is a GPU, else in the interpreter, and everywhere
+in the interpreter with TRITON_INTERPRET=1.
 
 Triton reads that variable when a kernel's module is imported, so these tests need a process of their own:
 `pytest tests/kernels`.
