@@ -58,9 +58,10 @@ COLUMNS = (
 )  # fmt: skip
 TOLERATED = 1.1  # moved / least; what is above has its reason here
 NOTES = {
-    "activation": """With terms, each program loads its 16 rows of u and 128 columns of a factor anew. Those are a few
-megabytes that stay in L2, so that memory moves the least; but L2 hands out what *issued* says, at r 64 three to four
-times as much, and may then be the nearer roof.
+    "activation": """With terms, each program loads its 16 rows of u and 128 columns of a factor anew. Those are a few megabytes
+that stay in L2, so that memory moves the least; but L2 hands out what *issued* says, at r 64 three to four times as much,
+and may then be the nearer roof. Triton knows of a stride only whether it is a multiple of 16: factors of rank 8 or 40 are
+read number by number, while g, z and dh are read in 128 bits at any rank.
 """,
     "cross_entropy": """With the gradient a row is read twice and written once, three passes where two are the least: the
 gradient needs the row's sum, and neither a multiprocessor nor L2 holds the rows (256 KB of 128k logits in 16 bits, of two
@@ -71,7 +72,8 @@ takes at least twice as long as what is moved. x and W are read again by every w
 much of that L2 answers is not counted. Sums over tokens also write and read their partial sums.
 """,
     "norm": """Rows longer than 8192 features do not fit into a program's registers, and are read again: once for the
-variance, in LayerNorm once more for the mean, and in the backward once for its means. Of the Llama 3.1 models only the largest, of 405B, has such rows.
+variance, in LayerNorm once more for the mean, and in the backward once for its means. Of the Llama 3.1 models only the
+largest, of 405B, has such rows.
 """,
 }
 

@@ -73,6 +73,7 @@ def cases(tokens: int, fan_in: int, fan_out: int, r: int, dtype: torch.dtype, de
         "bordered": lambda: wide_dy @ tall_W,
     }
     thin: Forms = {"torch": lambda: x @ A.T}
+    back: Forms = {"torch": lambda: dy @ B}
     dA: Forms = {"torch": lambda: du.T @ x}
     dB: Forms = {"torch": lambda: dy.T @ u}
     if device == "cuda":
@@ -81,6 +82,7 @@ def cases(tokens: int, fan_in: int, fan_out: int, r: int, dtype: torch.dtype, de
         forward["kernel"] = lambda: gemm.lora_gemm(x, W, u, B)
         backward["kernel"] = lambda: gemm.lora_gemm_dx(dy, W, du, A)
         thin["kernel"] = lambda: gemm.skinny_gemm(x, A)
+        back["kernel"] = lambda: gemm.skinny_gemm(dy, B.T)
         dA["kernel"] = lambda: gemm.lora_A_gradient(du, x, dtype=dtype)
         dB["kernel"] = lambda: gemm.lora_B_gradient(dy, u, dtype=dtype)
     x64, dy64, u64, du64 = x.double(), dy.double(), u.double(), du.double()
@@ -88,6 +90,7 @@ def cases(tokens: int, fan_in: int, fan_out: int, r: int, dtype: torch.dtype, de
         "h": (lambda: (x64 @ W.double().T).addmm_(u64, B.double().T), forward),
         "dx": (lambda: (dy64 @ W.double()).addmm_(du64, A.double()), backward),
         "u": (lambda: x64 @ A.double().T, thin),
+        "du": (lambda: dy64 @ B.double(), back),
         "dA": (lambda: du64.T @ x64, dA),
         "dB": (lambda: dy64.T @ u64, dB),
     }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,15 +101,55 @@ class OnGPU(torch.Tensor):
         (False, (9, 0), ["cuda:0 needs Triton, which is not installed: pip install triton"]),
         (True, (7, 5), ["cuda:0 has compute capability (7, 5): the kernels need (8, 0) or newer"]),
         (False, (7, 5), ["needs Triton", "compute capability"]),
+        (True, (12, 0), []),  # newer than any that kernels are compiled for in the tests: Triton compiles for it
+        (True, "gfx942:sramecc+:xnack-", []),
+        (True, "gfx1100", ["cuda:0 is a gfx1100: of ROCm devices the kernels are checked for gfx942 only"]),
+        (True, "gfx90a:sramecc+", ["cuda:0 is a gfx90a: of ROCm"]),
+        (False, "gfx1100", ["needs Triton", "gfx1100"]),
     ],
 )
 def test_what_a_gpu_lacks_is_named(monkeypatch, installed, capability, expected):
-    support.device_reasons.cache_clear()
+    pretend(monkeypatch, capability)
     monkeypatch.setattr(support, "_fine", set())
     monkeypatch.setattr(support, "triton_installed", lambda: installed)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     found = reasons([torch.randn(3).as_subclass(OnGPU)])
     assert len(found) == len(expected) and all(part in reason for part, reason in zip(expected, found, strict=True))
+    support.device_reasons.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int] | str) -> None:
+    """A GPU of NVIDIA with this compute capability, or of AMD with this name."""
+    support.device_reasons.cache_clear()
+    is_rocm = isinstance(gpu, str)
+    properties = SimpleNamespace(gcnArchName=gpu)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if is_rocm else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (11, 0) if is_rocm else gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tiles"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),  # 99 KiB of shared memory a block
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_80"),  # 99 KiB again, and no tiles of its own: those that fit everywhere
+        ("gfx942:sramecc+:xnack-", "gfx942"),
+        ((7, 5), r"cuda:0 has compute capability \(7, 5\)"),
+        ("gfx1100", "cuda:0 is a gfx1100: .* for gfx942 only. Use LORA_BACKEND=reference"),
+    ],
+)
+def test_tiles_are_chosen_for_known_gpus_only(monkeypatch, gpu, tiles):
+    from lora.fast.kernels import gemm
+
+    pretend(monkeypatch, gpu)
+    device = torch.device("cuda", 0)
+    if tiles in gemm.WIDE_TILES:
+        assert gemm.architecture.__wrapped__(device) == tiles
+    else:
+        with pytest.raises(UnsupportedError, match=tiles):
+            gemm.architecture.__wrapped__(device)
     support.device_reasons.cache_clear()
 
 

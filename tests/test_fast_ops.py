@@ -105,6 +105,129 @@ def test_saved_bytes_are_those_of_the_docstrings(dropout):
     assert saved_numbers(lambda: fast.linear_cross_entropy(x, head, labels)) == T * fan_in  # dx
 
 
+def saved_bytes(function: Any) -> int:
+    """The bytes that autograd keeps for the backward of a call: of every storage once, of parameters not."""
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if not isinstance(x, torch.nn.Parameter):
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function()
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+BF16, F32 = torch.bfloat16, torch.float32
+T, IN, OUT, HIDDEN, R = 7, 12, 16, 20, 3
+
+
+def typed(
+    out: int, fan_in: int, weight: torch.dtype, adapters: torch.dtype, *, dora: bool = False, trains_m: bool = True
+) -> Projection:
+    """A projection of parameters: a frozen weight and bias of one type, adapters of another."""
+
+    def parameter(*shape: int, dtype: torch.dtype, trains: bool = True) -> Tensor:
+        return torch.nn.Parameter((torch.rand(*shape) + 0.1).to(dtype), trains)
+
+    base = parameter(out, fan_in, dtype=weight, trains=False), parameter(out, dtype=weight, trains=False)
+    factors = parameter(R, fan_in, dtype=adapters), parameter(out, R, dtype=adapters)
+    return Projection(*base, *factors, 1.7, parameter(out, dtype=adapters, trains=trains_m) if dora else None)
+
+
+def calls(x: Tensor, dropout: Dropout | None, *types: torch.dtype, **options: Any) -> dict[str, Any]:
+    """The three operations on projections of these types."""
+    linear = typed(OUT, IN, *types, **options)
+    qkv = [typed(out, IN, *types, **options) for out in (OUT, 8, 8)]
+    mlp = [typed(o, i, *types, **options) for o, i in ((HIDDEN, IN), (HIDDEN, IN), (OUT, HIDDEN))]
+    return {
+        "lora_linear": lambda: fast.lora_linear(x, linear, dropout=dropout),
+        "lora_qkv": lambda: fast.lora_qkv(x, *qkv, dropout=dropout),
+        "lora_mlp": lambda: fast.lora_mlp(x, *mlp, activation="silu", dropout=dropout),
+    }
+
+
+# What each operation saves, in numbers: always, of adapters, of DoRA's vectors, while the magnitudes train, and of
+# weights and biases under autocast.
+KEPT = {
+    "lora_linear": (T * (IN + R), R * (IN + OUT), OUT, T * OUT, IN * OUT + OUT),
+    "lora_qkv": (T * (IN + 3 * R), R * (3 * IN + OUT + 16), OUT + 16, T * (OUT + 16), (IN + 1) * (OUT + 16)),
+    "lora_mlp": (
+        T * (IN + 2 * HIDDEN + 3 * R),
+        R * (2 * (IN + HIDDEN) + HIDDEN + OUT),
+        2 * HIDDEN + OUT,
+        T * (2 * HIDDEN + OUT),
+        HIDDEN * (2 * IN + OUT) + 2 * HIDDEN + OUT,
+    ),
+}
+
+
+@pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7)], ids=["plain", "dropout"])
+@pytest.mark.parametrize("operation", list(KEPT))
+def test_every_case_saves_what_the_docstrings_say(operation, dropout):
+    always, adapters, vectors, while_m_trains, weights = KEPT[operation]
+    single, half = torch.rand(T, IN, requires_grad=True), torch.rand(T, IN).to(BF16).requires_grad_()
+
+    def saved(x: Tensor, *types: torch.dtype, **options: Any) -> int:
+        return saved_bytes(calls(x, dropout, *types, **options)[operation])
+
+    assert saved(single, F32, F32) == 4 * always
+    assert saved(half, BF16, F32) == 2 * (always + adapters)  # copies of A and B
+    assert saved(single, F32, F32, dora=True, trains_m=False) == 4 * (always + 2 * vectors)
+    assert saved(single, F32, F32, dora=True) == 4 * (always + 2 * vectors + while_m_trains)
+    assert saved(half, BF16, F32, dora=True) == 2 * (always + adapters + vectors + while_m_trains) + 4 * vectors
+    with torch.autocast("cpu", dtype=BF16):
+        assert saved(single, F32, F32) == 2 * (always + adapters + weights)
+        assert saved(half, BF16, BF16) == 2 * always  # of autocast's type already
+
+
+def test_autocast_copies_no_codes():
+    x, p = torch.rand(T, IN, requires_grad=True), typed(OUT, IN, F32, F32)._replace(bias=None)
+    p = p._replace(weight=reference.nf4_quantize(torch.randn(OUT, IN)))
+    with torch.autocast("cpu", dtype=BF16):
+        assert saved_bytes(lambda: fast.lora_linear(x, p)) == 2 * (T * (IN + R) + R * (IN + OUT))
+
+
+def test_autocast_takes_stacked_weights_apart():
+    """As the docstring of `lora_qkv` says: three products where there was one."""
+    stacked = torch.rand(3 * OUT, IN)
+    parts = [Projection(torch.nn.Parameter(block, False)) for block in stacked.split(OUT)]
+    x, counted = torch.rand(T, IN), []
+
+    class Count(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            counted.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def products() -> int:
+        counted.clear()
+        with Count():
+            fast.lora_qkv(x, *parts)
+        return sum(name in ("mm", "addmm_") for name in counted)
+
+    assert products() == 1
+    with torch.autocast("cpu", dtype=BF16):
+        assert products() == 3
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(("table", "size"), [(F32, 4), (BF16, 2)], ids=["float32", "bfloat16"])
+def test_an_embedding_saves_what_its_docstring_says(table, size, autocast):
+    ids = torch.randint(30, (T,))
+
+    def saved(**options: Any) -> int:
+        wide = typed(IN, 30, F32, F32, **options)
+        p = wide._replace(weight=torch.nn.Parameter(torch.rand(30, IN).to(table), False), bias=None)
+        with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+            return saved_bytes(lambda: fast.lora_embedding(ids, p))
+
+    plain = T * 8 + T * R * size
+    assert saved() == plain
+    assert saved(dora=True, trains_m=False) == plain + 2 * IN * 4
+    assert saved(dora=True) == plain + 2 * IN * 4 + T * IN * size
+
+
 def test_only_what_is_needed_is_computed():
     """A frozen x and frozen adapters get no gradient, and nothing is computed for them."""
     x, p = normal(5, 12), projection(16, 12)

@@ -53,9 +53,15 @@ from lora.projection import Dropout, Projection
 def lora_linear(x: Tensor, projection: Projection, *, dropout: Dropout | None = None) -> Tensor:
     """h = x Wᵀ + b + s · (D(x) Aᵀ) Bᵀ; arguments and result as in `lora.reference.linear.lora_linear`.
 
-    FLOPs: 2·tokens·(in·out + r·(in + out)). Saved for backward: x and s·D(x)Aᵀ, tokens·(in + r) numbers (with a
-    trainable DoRA magnitude also tokens·out); W, A, B by reference, or A and B in x's type, r·(in + out) numbers, where
-    theirs is another. Nothing at all without an adapter.
+    FLOPs: 2·tokens·(in·out + r·(in + out)). Saved for backward, in numbers of x's type: x and s·D(x)Aᵀ,
+    tokens·(in + r); the projection's tensors by reference; nothing at all without an adapter. Besides these
+
+    - where A or B is of another type than x: both in x's type, r·(in + out), so that they are cast once;
+    - DoRA: g in x's type and its norm in float32 (float64 of float64), out numbers each; while m trains, also what g
+      multiplies, tokens·out;
+    - autocast: x, W and b are copies in its type, made for this call, of which W's in·out and b's out numbers are
+      additional (NF4's codes are not copied), and A and B are of another type, as above;
+    - dropout: nothing. The mask is counted again, and D(x) made again from x.
     """
     return project_group(x, [projection], dropout)[0]
 

@@ -41,7 +41,10 @@ def lora_mlp(
     """y = down(act(gate(x)) ⊙ up(x)); arguments, result and errors as in `lora.reference.mlp.lora_mlp`.
 
     FLOPs: those of three `lora_linear`. Saved for backward: x, g, z and s·D(·)Aᵀ of each, tokens·(in + 2·hidden + Σ r)
-    numbers.
+    numbers. Besides these what `lora_linear` saves: copies of adapters of another type than x, Σ r·(in_i + out_i);
+    DoRA's g and norm, 2·(2·hidden + out), and tokens·(2·hidden + out) while the magnitudes train; with autocast copies
+    of the weights, hidden·(2·in + out), so that gate and up no longer lie together. Dropout saves nothing: neither
+    mask, nor D(x), nor D(h).
     """
     check_activation(activation)
     x, projections = as_autocast(x, [gate, up, down])

@@ -292,7 +292,7 @@ def two(rows: Any) -> tuple[Any, Any]:
 def can_halve(layer: nn.Module) -> bool:
     """Whether the layer's weight is two of the same rows, side by side in memory."""
     base = getattr(layer, "base_layer", layer)
-    return not isinstance(base, NF4Linear) or row_halves(base.projection().weight) is not None
+    return not isinstance(base, NF4Linear) or row_halves(base.quantised) is not None
 
 
 def mlp_dropout(drops: Sequence[Dropout | None]) -> Dropout | None:

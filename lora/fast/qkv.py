@@ -16,7 +16,11 @@ def lora_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q(x), k(x), v(x); arguments and results as in `lora.reference.qkv.lora_qkv`.
 
-    FLOPs: those of three `lora_linear`. Saved for backward: x and s·D(x)Aᵀ of each, tokens·(in + Σ r) numbers.
+    FLOPs: those of three `lora_linear`. Saved for backward: x once, and s·D(x)Aᵀ of each, tokens·(in + Σ r) numbers.
+    Besides these what `lora_linear` saves, three times: copies of adapters of another type than x, Σ r·(in + out), of
+    all A's where only one is of another; DoRA's g and norm, 2·Σ out, and tokens·Σ out while the magnitudes train; with
+    autocast copies of the weights, in·Σ out, which no longer lie together: x then goes through three products. Dropout
+    saves nothing.
     """
     hq, hk, hv = project_group(x, [q, k, v], dropout)
     return hq, hk, hv

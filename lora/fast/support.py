@@ -14,6 +14,7 @@ from lora.projection import NF4Weight, Projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OLDEST = (8, 0)  # the first compute capability that the kernels are compiled and checked for
+ROCM = ("gfx942",)  # the AMD GPUs that they are compiled and checked for
 
 
 Kind = tuple[type, torch.device, torch.dtype]
@@ -46,12 +47,21 @@ def reasons(arguments: Iterable[Any]) -> list[str]:
 
 @functools.cache
 def device_reasons(device: torch.device) -> tuple[str, ...]:
-    """Why kernels cannot run on a GPU: Triton is missing, or the GPU is older than they are checked for."""
+    """Why kernels cannot run on a GPU: Triton is missing, or the GPU is none that they are checked for.
+
+    An NVIDIA GPU newer than those is no reason: Triton compiles for the GPU it finds, no kernel names an instruction,
+    and the products take their smallest tiles there (`lora.fast.kernels.gemm.architecture`). What still did not fit
+    would be Triton's error, not another result. On AMD that does not hold: the threads of a warp differ (32 on gfx11,
+    64 on gfx9), and so would every kernel's registers.
+    """
     found = []
     if not triton_installed():
         found.append(f"{device} needs Triton, which is not installed: pip install triton")
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < OLDEST:
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]  # "gfx942:sramecc+:xnack-"
+        if name not in ROCM:
+            found.append(f"{device} is a {name}: of ROCm devices the kernels are checked for {', '.join(ROCM)} only")
+    elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
         found.append(f"{device} has compute capability {capability}: the kernels need {OLDEST} or newer")
     return tuple(found)
 

@@ -144,6 +144,9 @@ def test_specs_that_do_not_fit_are_refused() -> None:
         compile_for(replace(spec, constexprs={}), "sm_90")
     with pytest.raises(LoRAError, match=r"unknown or given twice \['block'\]"):
         compile_for(replace(spec, constexprs={"BLOCK": 64, "block": 64}), "sm_90")
+    with pytest.raises(LoRAError, match="32 warps, 2048 threads on gfx942, expected at most 1024"):
+        compile_for(replace(spec, num_warps=32), "gfx942")
+    assert compile_for(replace(spec, num_warps=32), "sm_90").num_warps == 32
     with pytest.raises(LoRAError, match=r"unknown or given twice \['z_ptr'\]"):
         compile_for(replace(spec, divisible=("z_ptr",)), "sm_90")
 

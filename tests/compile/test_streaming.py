@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from lora.fast.kernels import cross_entropy, dropout, nf4
-from lora.fast.kernels.compile_check import TARGETS, KernelSpec, Report, compile_for, spec_of
+from lora.fast.kernels.compile_check import TARGETS, KernelSpec, Report, compile_for, distinct, spec_of
 
 NF4, DROPOUT, LOSS = nf4.compile_specs(), dropout.compile_specs(), cross_entropy.compile_specs()
 SPECS = [*NF4, *DROPOUT, *LOSS]
-ONE_OF_EACH = list({spec.fn: spec for spec in reversed(SPECS)}.values())  # the first of each kernel, in 16 bits
 DECODING = [spec for spec in NF4 if spec.fn is nf4.nf4_dequantize_kernel]
 WHOLE_WORDS = [spec for spec in DROPOUT if spec.constexprs.get("BY_WORD")]
 
@@ -27,6 +26,7 @@ CEILINGS = {
     "cross_entropy": 56,
 }
 ODD_ROWS = 96
+ON_AMD = 72  # of a thread's 512 there: seven waves of the eight that a SIMD unit holds
 
 
 def kernel_name(spec: KernelSpec) -> str:
@@ -40,7 +40,8 @@ def per_element(spec: KernelSpec, report: Report) -> float:
 
 def check(spec: KernelSpec, report: Report) -> None:
     assert report.spills == 0 and report.stack_bytes == 0
-    assert report.registers <= (ODD_ROWS if spec.constexprs.get("BY_WORD") is False else CEILINGS[kernel_name(spec)])
+    ceiling = ODD_ROWS if spec.constexprs.get("BY_WORD") is False else CEILINGS[kernel_name(spec)]
+    assert report.registers <= (max(ceiling, ON_AMD) if report.target == "gfx942" else ceiling)
     assert report.atomics == 0
     assert report.shared_bytes <= 8 * 1024
 
@@ -50,21 +51,31 @@ def test_on_hopper(spec: KernelSpec) -> None:
     check(spec, compile_for(spec, "sm_90"))
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
-@pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec.name)
+OTHERS = [
+    (target, spec)
+    for target in TARGETS
+    for spec in distinct([*NF4, *DROPOUT, *cross_entropy.compile_specs(target)])
+    if target != "sm_90"
+]
+
+
+@pytest.mark.parametrize(("target", "spec"), OTHERS, ids=lambda one: one if isinstance(one, str) else one.name)
 def test_on_other_targets(spec: KernelSpec, target: str) -> None:
     report = compile_for(spec, target)
     check(spec, report)
-    reads = [name for name in spec.signature if name in ("codes_ptr", "weight_ptr", "x_ptr", "y_ptr", "logits_ptr")]
-    if reads and spec.fn is not nf4.nf4_quantize_kernel:
-        wide = ["LDG.E.128"] if target != "gfx942" else ["global_load_dwordx", "buffer_load_dwordx"]
-        assert sum(map(report.count, wide)) > 0
+    if kernel_name(spec) == "dropout_mask" or spec.constexprs.get("BY_WORD") is False:
+        return  # it reads nothing; rows that begin in mid-word are not aligned
+    if target == "gfx942" and spec.fn is nf4.nf4_quantize_kernel:  # twice as many threads a warp: 64 bits a thread
+        assert sum(report.count(f"{unit}_load_dwordx2") for unit in ("global", "buffer")) + report.wide_loads[0] > 0
+    else:
+        assert report.wide_loads[0] > 0
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("spec", DECODING, ids=lambda spec: spec.name)
-def test_nf4_decode_takes_at_most_ten_instructions_an_element(spec: KernelSpec) -> None:
+def test_nf4_decode_takes_at_most_ten_instructions_an_element(spec: KernelSpec, target: str) -> None:
     """The codes come in 128 bits, 32 of them a load; the values leave in 128 bits, and nothing else is written."""
-    report = compile_for(spec, "sm_90")
+    report = compile_for(spec, target)
     assert per_element(spec, report) <= 10
     elements = spec.constexprs["TILE"] // (32 * spec.num_warps)  # a thread
     itemsize = 4 if spec.signature["out_ptr"] == "*fp32" else 2
@@ -142,8 +153,9 @@ def test_names_are_unique_and_every_kernel_is_here() -> None:
 
 
 def test_bytes_are_the_minimum_except_where_a_row_is_read_twice() -> None:
-    for spec in [*NF4, *DROPOUT]:
-        assert 0 < spec.bytes_minimum == spec.bytes_moved, spec.name
+    for spec in [*NF4, *DROPOUT]:  # a code table of a kilobyte aside
+        assert 0 < spec.bytes_minimum <= spec.bytes_moved <= 1.0001 * spec.bytes_minimum, spec.name
+        assert spec.bytes_moved <= spec.bytes_issued <= 1.1 * spec.bytes_minimum, spec.name
     for spec in LOSS:
         ratio = spec.bytes_moved / spec.bytes_minimum
         assert ratio == pytest.approx(1.5 if spec.constexprs["HAS_GRADIENT"] else 1, rel=1e-3), spec.name

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora.errors import LoRAError
 from lora.fast.kernels.activation import TILE, gated_backward, gated_forward
-from lora.fast.parts import LowRank
 from lora.reference.mlp import ACTIVATIONS, activate, activation_slope
 from lora.testing import assert_within
 
@@ -186,57 +185,3 @@ def test_bad_input_is_refused(device: str) -> None:
             gated_forward(g, g, "silu", out=out)
     with pytest.raises(LoRAError, match="dz is"):
         gated_backward(g, g, g, "silu", dz=g.new_empty(5, 6))
-
-
-def low_rank(
-    tokens: int, hidden: int, r: int, dtype: torch.dtype, device: str
-) -> tuple[LowRank | None, Tensor, Tensor]:
-    """A term u factorᵀ whose factor is strided, what it adds, and the sizes of what it adds up."""
-    if not r:
-        return None, torch.zeros(tokens, hidden), torch.zeros(tokens, hidden)
-    u, factor = normal(tokens, r, dtype=dtype), normal(r, hidden, dtype=dtype)
-    term = LowRank(u.to(device), factor.to(device).T, -1.5)
-    return term, -1.5 * u.double() @ factor.double(), 1.5 * u.double().abs() @ factor.double().abs()
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize(
-    ("tokens", "hidden", "ranks"), [(1, 5, (1, 2, 3)), (17, 130, (16, 0, 5)), (33, 128, (0, 64, 17))]
-)
-def test_low_rank_terms_are_added_on_the_way_in(activation, dtype, tokens, hidden, ranks, device, roundoff):
-    torch.manual_seed(0)
-    given = [normal(tokens, hidden, dtype=dtype) for _ in ranks]
-    terms, added, sizes = zip(*(low_rank(tokens, hidden, r, dtype, device) for r in ranks), strict=True)
-    dh, g, z = (x.double() + plus for x, plus in zip(given, added, strict=True))
-    # float32's sums of r products: an error e in each operand, which goes through act, act' and act'' (at most 1.2)
-    e_dh, e_g, e_z = (
-        (r + 3) * torch.finfo(torch.float32).eps * (x.double().abs() + size)
-        for r, x, size in zip(ranks, given, sizes, strict=True)
-    )
-    lost = {
-        "h": 1.2 * z.abs() * e_g + g.abs() * e_z,
-        "dg": 1.2 * (z.abs() * e_dh + dh.abs() * e_z + (dh * z).abs() * e_g),
-        "dz": g.abs() * e_dh + 1.2 * dh.abs() * e_g,
-    }
-    exact = truth(dh, g, z, activation)
-    u, eps = roundoff(dtype), torch.finfo(torch.float32).eps
-    inner = {"h": z * g, "dg": dh * z, "dz": dh * g}  # the activation's own arithmetic in float32, as in `bounds`
-    plus_dh, plus_g, plus_z = terms
-    on_dh, on_g, on_z = (x.to(device) for x in given)
-    dg, dz, h = gated_backward(
-        on_dh, on_g, on_z, activation, with_h=True, plus_dh=plus_dh, plus_g=plus_g, plus_z=plus_z
-    )
-    assert h is not None
-    forward = gated_forward(on_g, on_z, activation, plus_g=plus_g, plus_z=plus_z)
-    for name, found in (("h", forward), ("h", h), ("dg", dg), ("dz", dz)):
-        arithmetic = 20 * eps * (1 + g.abs()) * (inner[name].abs() + (dh.abs() if name == "dz" else z.abs()))
-        tiny = torch.finfo(dtype).smallest_normal * u
-        assert_within(found.cpu(), exact[name], u * exact[name].abs() + arithmetic + lost[name] + tiny, name)
-
-
-def test_a_term_of_too_high_a_rank_is_refused(device):
-    term, *_ = low_rank(3, 5, 65, torch.float32, device)
-    x = normal(3, 5).to(device)
-    with pytest.raises(LoRAError, match=r"rank 65 .* at most 64"):
-        gated_forward(x, x, "silu", plus_z=term)

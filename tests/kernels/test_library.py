@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 import lora
+import lora.fast
 from lora.fast import library
-from lora.projection import Dropout, NF4Weight, Projection
+from lora.projection import Dropout, NF4Weight
+from lora.testing.block_cases import LayerNormInput, LossInput, MultiLoRAInput, RMSNormInput, RopeInput
+from lora.testing.cases import Layer, LinearInput, MLPInput, QKVInput
+from lora.testing.proof import Case, build, changed, mapped, named_outputs, on_cpu, results, upstream
+from lora.testing.report import assert_within
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore:.*script_method.*", "ignore:.*deterministic.*")
 SHAPE = (5, 12)  # tokens, features
@@ -119,58 +124,36 @@ def test_an_operator_has_no_silent_gradient(device):
         torch.ops.lora.gated_forward(x, x, "silu", None, None, 0.0, None, None, 0.0).sum().backward()
 
 
-def projection(device: str, out: int, fan_in: int, **more: Any) -> Projection:
-    A, B = normal(device, 3, fan_in).requires_grad_(), normal(device, out, 3).requires_grad_()
-    return Projection(more.pop("weight", normal(device, out, fan_in)), normal(device, out), A, B, 1.5, **more)
+LAYERS = (Layer(20, 3), Layer(20, 3), Layer(12, 3, bias=True))
+CASES: dict[str, Case] = {
+    "lora_linear with dropout": LinearInput(dropout=Dropout(0.3, 7), layer=Layer(16, 3, bias=True)),
+    "lora_linear with DoRA": LinearInput(layer=Layer(16, 3, bias=True, dora=True)),
+    "lora_linear in NF4": LinearInput(layer=Layer(16, 3, bias=True, nf4=True)),
+    "lora_qkv": QKVInput(layers=(Layer(16, 3, bias=True), Layer(8, 3), Layer(8, 3))),
+    "lora_mlp": MLPInput(in_features=12, layers=LAYERS, dropout=Dropout(0.3, 7)),
+    "rms_norm": RMSNormInput(features=12),
+    "rms_norm with residual": RMSNormInput(features=12, residual=True),
+    "layer_norm": LayerNormInput(features=12, residual=True),
+    "rope": RopeInput(head_dim=12, rot=12),
+    "linear_cross_entropy": LossInput(layer=Layer(16, 3, bias=True), dropout=Dropout(0.3, 7), ignored=(1,)),
+    "multi_lora_linear": MultiLoRAInput(bias=True, rank=3),
+}
 
 
-def operations(device: str) -> dict[str, tuple[Callable[[Tensor], Any], list[Projection]]]:
-    ops, drop = lora.ops, Dropout(0.3, 7)
-    linear, quantised = projection(device, 16, 12), projection(device, 16, 12, weight=nf4(device))
-    dora = projection(device, 16, 12, magnitude=(torch.rand(16, device=device) + 0.5).requires_grad_())
-    q, k, v = projection(device, 16, 12), projection(device, 8, 12), projection(device, 8, 12)
-    gate, up, down = projection(device, 20, 12), projection(device, 20, 12), projection(device, 12, 20)
-    weight, angles = normal(device, 12), normal(device, 5, 12)
-    labels = torch.tensor([3, -100, 15, 0, 2], device=device)
-    index, scalings = torch.tensor([1, -1, 0, 1, 1], device=device), torch.tensor([1.0, 2.0], device=device)
-    A, B = normal(device, 2, 3, 12).requires_grad_(), normal(device, 2, 16, 3).requires_grad_()
-    many, base = Projection(weight, lora_A=A, lora_B=B), linear._replace(lora_A=None, lora_B=None)
-    return {
-        "lora_linear with dropout": (lambda x: ops.lora_linear(x, linear, dropout=drop), [linear]),
-        "lora_linear with DoRA": (lambda x: ops.lora_linear(x, dora), [dora]),
-        "lora_linear in NF4": (lambda x: ops.lora_linear(x, quantised), [quantised]),
-        "lora_qkv": (lambda x: ops.lora_qkv(x, q, k, v), [q, k, v]),
-        "lora_mlp": (lambda x: ops.lora_mlp(x, gate, up, down, activation="silu", dropout=drop), [gate, up, down]),
-        "rms_norm": (lambda x: ops.rms_norm(x, weight), []),
-        "rms_norm with residual": (lambda x: ops.rms_norm(x, weight, residual=2 * x), []),
-        "layer_norm": (lambda x: ops.layer_norm(x, weight, residual=2 * x), []),
-        "rope": (lambda x: ops.rope(x.view(1, 1, 5, 12), x.view(1, 1, 5, 12) * 2, angles.cos(), angles.sin()), []),
-        "linear_cross_entropy": (lambda x: ops.linear_cross_entropy(x, linear, labels, dropout=drop), [linear]),
-        "multi_lora_linear": (lambda x: ops.multi_lora_linear(x, base, A, B, scalings, index), [many]),
-    }
-
-
-def total(outputs: Any) -> Tensor:
-    each = outputs if isinstance(outputs, tuple) else (outputs,)
-    return torch.stack(
-        [(y * torch.arange(1.0, y.numel() + 1, device=y.device).view(y.shape)).sum() for y in each]
-    ).sum()
-
-
-@pytest.mark.parametrize("name", list(operations("cpu")))
+@pytest.mark.parametrize("name", list(CASES))
 def test_an_operation_on_kernels_is_one_graph(name, device):
+    """Compiled, each result is within its bound, as it is without a graph: no further from it than both bounds."""
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    operation, projections = operations(device)[name]
-    x = normal(device, *SHAPE).requires_grad_()
-    wanted = [x, *(t for p in projections for t in (p.lora_A, p.lora_B, p.magnitude) if isinstance(t, Tensor))]
-
-    def run(x: Tensor) -> Tensor:
-        return total(operation(x))
-
+    case = changed(CASES[name], frozen=frozenset(n for n in CASES[name].leaves if n.endswith(("weight", "bias"))))
     with lora.use_backend("fast"):
-        expected = [run(x), *torch.autograd.grad(run(x), wanted)]
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")(x)
-        for found, eager in zip([compiled, *torch.autograd.grad(compiled, wanted)], expected, strict=True):
-            scale = float(eager.abs().max())  # the same products, at most associated otherwise: q, k, v one by one
-            torch.testing.assert_close(found, eager, rtol=0, atol=64 * torch.finfo(torch.float32).eps * scale)
+        operation = getattr(lora.ops, case.operation)
+        compiled = torch.compile(operation, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+        arguments = build(case, device)
+        with torch.no_grad():
+            dys = upstream(case, named_outputs(case, lora.fast, arguments), device)
+        eager = results(case, SimpleNamespace(**{case.operation: operation}), arguments, dys)
+        found = results(case, SimpleNamespace(**{case.operation: compiled}), arguments, dys)
+    bounds = case.bounds(mapped(arguments, on_cpu), {n: dy.cpu() for n, dy in dys.items()})
+    assert found.keys() == eager.keys() and any(n.startswith("d") for n in found)
+    for n, value in eager.items():
+        assert_within(found[n], value, 2 * case.bound_of(bounds[n]).reshape(value.shape), n)

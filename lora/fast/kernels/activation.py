@@ -64,14 +64,14 @@ def gated_forward(
     g_rows, z_rows, h_rows = as_rows(g), as_rows(z), output_rows(h, g.shape, "out")
     M, N = g_rows.shape
     terms = (plus_g, plus_z)
-    tile = UPDATED_TILE if any(terms) else tile_of(N)
+    tile, whole = UPDATED_TILE if any(terms) else tile_of(N), all(map(fits, terms))
     with torch.cuda.device(g.get_device()):
         gated_forward_kernel[tiles(M, N, tile)](
             g_rows, z_rows, h_rows, *of_term(plus_g), *of_term(plus_z), M, N,
             g_rows.stride(0), z_rows.stride(0), h_rows.stride(0),
-            ACTIVATION=activation, WIDE=wide_type(g, z), RANK_G=block_rank(plus_g), RANK_Z=block_rank(plus_z),
-            PRECISION=precision_of(g.dtype), INTERPRET=interpreting(), **tile, num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            ACTIVATION=activation, WIDE=wide_type(g, z), RANK_G=block_rank(plus_g, whole),
+            RANK_Z=block_rank(plus_z, whole), WHOLE=whole, PRECISION=precision_of(g.dtype), INTERPRET=interpreting(),
+            **tile, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return h
 
@@ -117,16 +117,17 @@ def gated_backward(
     h_rows = None if h is None else output_rows(h, g.shape, "h")
     M, N = g_rows.shape
     terms = (plus_dh, plus_g, plus_z)
-    tile = UPDATED_TILE if any(terms) else tile_of(N)
+    tile, whole = UPDATED_TILE if any(terms) else tile_of(N), all(map(fits, terms))
     with torch.cuda.device(g.get_device()):
         gated_backward_kernel[tiles(M, N, tile)](
             dh_rows, g_rows, z_rows, dg_rows, dz_rows, h_rows,
             *of_term(plus_dh), *of_term(plus_g), *of_term(plus_z), M, N,
             dh_rows.stride(0), g_rows.stride(0), z_rows.stride(0), dg_rows.stride(0), dz_rows.stride(0),
             0 if h_rows is None else h_rows.stride(0),
-            ACTIVATION=activation, WIDE=wide_type(dh, g, z), RANK_DH=block_rank(plus_dh), RANK_G=block_rank(plus_g),
-            RANK_Z=block_rank(plus_z), PRECISION=precision_of(g.dtype), INTERPRET=interpreting(), **tile,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+            ACTIVATION=activation, WIDE=wide_type(dh, g, z), RANK_DH=block_rank(plus_dh, whole),
+            RANK_G=block_rank(plus_g, whole), RANK_Z=block_rank(plus_z, whole), WHOLE=whole,
+            PRECISION=precision_of(g.dtype), INTERPRET=interpreting(), **tile, num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return dg, dz, h
 
@@ -137,8 +138,8 @@ def gated_forward_kernel(
     g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r,
     z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r,
     M, N, stride_g, stride_z, stride_h, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
-    RANK_G: tl.constexpr, RANK_Z: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RANK_G: tl.constexpr, RANK_Z: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of h [M, N]."""
     o_m, o_n = tile_offsets(N, BLOCK_M, BLOCK_N)
@@ -147,10 +148,10 @@ def gated_forward_kernel(
     b_z = tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0).to(WIDE)
     if RANK_G:
         b_g = plus_low_rank(b_g, g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r, o_m, o_n, M, N,
-                            RANK_G, PRECISION, INTERPRET)  # fmt: skip
+                            RANK_G, WHOLE, PRECISION, INTERPRET)  # fmt: skip
     if RANK_Z:
         b_z = plus_low_rank(b_z, z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r, o_m, o_n, M, N,
-                            RANK_Z, PRECISION, INTERPRET)  # fmt: skip
+                            RANK_Z, WHOLE, PRECISION, INTERPRET)  # fmt: skip
     b_a, _ = activation_and_slope(b_g, ACTIVATION)
     tl.store(h_ptr + o_m * stride_h + o_n, (b_a * b_z).to(h_ptr.dtype.element_ty), mask=m_mn)
 
@@ -162,8 +163,8 @@ def gated_backward_kernel(
     g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r,
     z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r,
     M, N, stride_dh, stride_g, stride_z, stride_dg, stride_dz, stride_h, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
-    RANK_DH: tl.constexpr, RANK_G: tl.constexpr, RANK_Z: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RANK_DH: tl.constexpr, RANK_G: tl.constexpr, RANK_Z: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of dg and dz [M, N], and of h unless its pointer is None."""
     o_m, o_n = tile_offsets(N, BLOCK_M, BLOCK_N)
@@ -173,13 +174,13 @@ def gated_backward_kernel(
     b_z = tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0).to(WIDE)
     if RANK_DH:
         b_dh = plus_low_rank(b_dh, dh_u, dh_factor, dh_scale, dh_r, dh_stride_u, dh_stride_n, dh_stride_r, o_m, o_n,
-                             M, N, RANK_DH, PRECISION, INTERPRET)  # fmt: skip
+                             M, N, RANK_DH, WHOLE, PRECISION, INTERPRET)  # fmt: skip
     if RANK_G:
         b_g = plus_low_rank(b_g, g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, g_stride_r, o_m, o_n, M, N,
-                            RANK_G, PRECISION, INTERPRET)  # fmt: skip
+                            RANK_G, WHOLE, PRECISION, INTERPRET)  # fmt: skip
     if RANK_Z:
         b_z = plus_low_rank(b_z, z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r, o_m, o_n, M, N,
-                            RANK_Z, PRECISION, INTERPRET)  # fmt: skip
+                            RANK_Z, WHOLE, PRECISION, INTERPRET)  # fmt: skip
     b_a, b_slope = activation_and_slope(b_g, ACTIVATION)
     tl.store(dg_ptr + o_m * stride_dg + o_n, (b_dh * b_z * b_slope).to(dg_ptr.dtype.element_ty), mask=m_mn)
     tl.store(dz_ptr + o_m * stride_dz + o_n, (b_dh * b_a).to(dz_ptr.dtype.element_ty), mask=m_mn)
@@ -190,15 +191,28 @@ def gated_backward_kernel(
 @triton.jit
 def plus_low_rank(
     b_x, u_ptr, factor_ptr, scale, R, stride_u, stride_n, stride_r, o_m, o_n, M, N,
-    RANK: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    RANK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """x + scale · u factorᵀ for one tile: u [M, R] with neighbours side by side, factor [N, R]."""
+    """x + scale · u factorᵀ for one tile: u [M, R] with neighbours side by side, factor [N, R].
+
+    RANK at a time; WHOLE says that those are all R, and that no loop is made.
+    """
     o_r = tl.arange(0, RANK)
-    b_u = tl.load(u_ptr + o_m * stride_u + o_r[None, :], mask=(o_m < M) & (o_r[None, :] < R), other=0.0)
-    p_factor = factor_ptr + o_n.to(tl.int64) * stride_n + o_r[:, None].to(tl.int64) * stride_r
-    b_factor = tl.load(p_factor, mask=(o_n < N) & (o_r[:, None] < R), other=0.0)  # [RANK, BLOCK_N]
+    p_u = u_ptr + o_m * stride_u + o_r[None, :]
+    p_factor = factor_ptr + o_n.to(tl.int64) * stride_n + o_r[:, None].to(tl.int64) * stride_r  # [RANK, BLOCK_N]
     b_update = tl.zeros((b_x.shape[0], b_x.shape[1]), tl.float32)
-    return b_x + scale * matrix_product(b_u, b_factor, b_update, PRECISION, INTERPRET)
+    if WHOLE:
+        b_u = tl.load(p_u, mask=(o_m < M) & (o_r[None, :] < R), other=0.0)
+        b_factor = tl.load(p_factor, mask=(o_n < N) & (o_r[:, None] < R), other=0.0)
+        b_update = matrix_product(b_u, b_factor, b_update, PRECISION, INTERPRET)
+    else:
+        for r in tl.range(0, R, RANK, num_stages=1):
+            b_u = tl.load(p_u, mask=(o_m < M) & (o_r[None, :] < R - r), other=0.0)
+            b_factor = tl.load(p_factor, mask=(o_n < N) & (o_r[:, None] < R - r), other=0.0)
+            b_update = matrix_product(b_u, b_factor, b_update, PRECISION, INTERPRET)
+            p_u += RANK
+            p_factor += RANK * stride_r
+    return b_x + scale * b_update
 
 
 @triton.jit
@@ -251,13 +265,21 @@ def of_term(term: LowRank | None) -> tuple[Tensor | None, Tensor | None, float, 
     return u, term.factor, float(term.scale), u.shape[1], u.stride(0), stride_n, stride_r
 
 
-def block_rank(term: LowRank | None) -> int:
-    """The ranks a matrix instruction is given, from 16 on; 0 without a term."""
+def fits(term: LowRank | None) -> bool:
+    """Whether tiles of all of a term's ranks fit into registers: up to 16, or more that are read 128 bits at a time.
+
+    float32, which each thread multiplies itself, and other ranks would spill.
+    """
+    return term is None or term.u.shape[1] <= 16 or (term.u.dtype != torch.float32 and term.u.shape[1] % 16 == 0)
+
+
+def block_rank(term: LowRank | None, whole: bool) -> int:
+    """How many ranks `plus_low_rank` takes at a time, at least the 16 of a matrix instruction; 0 without a term."""
     if term is None:
         return 0
     if term.u.shape[1] > MAX_RANK:
         raise LoRAError(f"a term of rank {term.u.shape[1]} is to be added on the way in, expected at most {MAX_RANK}.")
-    return rank_block(term.u.shape[1])
+    return rank_block(term.u.shape[1]) if whole else 16
 
 
 def tiles(M: int, N: int, tile: Mapping[str, int]) -> tuple[int]:
@@ -266,38 +288,50 @@ def tiles(M: int, N: int, tile: Mapping[str, int]) -> tuple[int]:
 
 
 def compile_specs() -> list[KernelSpec]:
-    """Llama-3.1-8B's MLP: 8192 tokens, 14336 hidden features, with terms on the way in and without."""
-    specs = []
-    for activation, dtype, rank in (
-        ("silu", torch.bfloat16, 0), ("silu", torch.float16, 0), ("silu", torch.float32, 0),
-        ("gelu", torch.bfloat16, 0), ("gelu_tanh", torch.bfloat16, 0), ("silu", torch.bfloat16, 16),
-        ("silu", torch.float32, 16), ("gelu_tanh", torch.bfloat16, 16), ("silu", torch.bfloat16, 64),
-    ):  # fmt: skip
-        specs += [_spec(activation, dtype, rank, backward) for backward in (False, True)]
-    return specs
+    """Llama-3.1-8B's MLP: 8192 tokens, 14336 hidden features, with terms on the way in and without.
+
+    Terms come as `lora.fast.mlp` gives them: to g and z for adapters on gate and up, to dh for one on down (not with
+    dropout); down without an adapter needs no h again.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    kinds = [("silu", bf16), ("silu", fp16), ("silu", fp32), ("gelu", bf16), ("gelu_tanh", bf16)]
+    specs = [_spec(activation, dtype, backward) for activation, dtype in kinds for backward in (False, True)]
+    largest = [("silu", fp32, 16), ("silu", fp32, MAX_RANK), ("gelu", bf16, MAX_RANK), ("gelu_tanh", bf16, MAX_RANK)]
+    for activation, dtype, rank in (("silu", bf16, 16), ("silu", bf16, MAX_RANK), ("silu", fp16, MAX_RANK), *largest):
+        specs += [_spec(activation, dtype, backward, rank) for backward in (False, True)]
+    for rank in (8, 32, 40):  # with a mask; two blocks of a matrix instruction; three, in a loop
+        specs += [_spec("silu", bf16, backward, rank) for backward in (False, True)]
+    specs += [_spec("silu", bf16, True, 16, terms) for terms in ("g and z", "dh", "g and z, no h")]
+    return [*specs, _spec("silu", bf16, True, 0, "nothing, no h")]
 
 
-def _spec(activation: str, dtype: torch.dtype, rank: int, backward: bool) -> KernelSpec:
+def _spec(activation: str, dtype: torch.dtype, backward: bool, rank: int = 0, terms: str = "all") -> KernelSpec:
     tokens, hidden = 8192, 14336
-    dh, g, z, dg, dz, h = (torch.empty(tokens, hidden, dtype=dtype, device="meta") for _ in range(6))
-    term = None
-    if rank:
-        u, factor = (torch.empty(n, rank, dtype=dtype, device="meta") for n in (tokens, hidden))
-        term = LowRank(u, factor, 2.0)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    dh, h = None if not backward else empty(tokens, hidden), None if "no h" in terms else empty(tokens, hidden)
+    (g, z), (dg, dz) = (empty(tokens, 2 * hidden).chunk(2, dim=1) for _ in range(2))  # gate and up lie side by side
+    of_g = of_z = of_dh = None
+    if rank and terms != "dh":
+        of_g, of_z = (LowRank(u, empty(hidden, rank), 1.0) for u in empty(tokens, 2 * rank).chunk(2, dim=1))
+    if rank and terms in ("all", "dh"):
+        of_dh = LowRank(empty(tokens, rank), empty(rank, hidden).T, 1.0)  # down's A
 
     def launch() -> object:
-        if backward:
-            return gated_backward(dh, g, z, activation, dg=dg, dz=dz, h=h, plus_dh=term, plus_g=term, plus_z=term)
-        return gated_forward(g, z, activation, out=h, plus_g=term, plus_z=term)
+        if dh is not None:
+            return gated_backward(dh, g, z, activation, dg=dg, dz=dz, h=h, plus_dh=of_dh, plus_g=of_g, plus_z=of_z)
+        return gated_forward(g, z, activation, out=h, plus_g=of_g, plus_z=of_z)
 
-    small = rank * (tokens + hidden) * (3 if backward else 2)
-    moved = ((6 if backward else 3) * tokens * hidden + small) * dtype.itemsize
+    wide = (dh, g, z, dg, dz, h) if backward else (g, z, h)
+    present = [term for term in ((of_dh, of_g, of_z) if backward else (of_g, of_z)) if term is not None]
+    numbers = sum(x.numel() for x in (*wide, *(x for u, factor, _ in present for x in (u, factor))) if x is not None)
+    kind = f"gated_{'backward' if backward else 'forward'} {activation} {str(dtype).removeprefix('torch.')}"
     return spec_of(
-        f"gated_{'backward' if backward else 'forward'} {activation} {str(dtype).removeprefix('torch.')}"
-        + (f", plus r {rank}" if rank else ""),
+        kind + f", plus r {rank}" * (rank > 0) + f" to {terms}" * (terms != "all"),
         launch,
         gated_backward_kernel if backward else gated_forward_kernel,
-        bytes_moved=moved,
-        bytes_minimum=moved,
+        bytes_minimum=numbers * dtype.itemsize,
         shape=f"tokens {tokens}, hidden {hidden}",
     )

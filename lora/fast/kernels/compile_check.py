@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora.errors import LoRAError
+from lora.fast.kernels.traffic import Launch, is_counted, traffic_of
 from lora.fast.runtime import interpreting
 
 TARGETS = {
@@ -47,6 +48,7 @@ POINTER = {
     torch.uint8: "*u8",
     torch.float64: "*fp64",
 }
+MOST_THREADS = 1024  # of a program, on every target
 MATRIX_KINDS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")  # Ampere, Hopper, Blackwell, CDNA
 ATOMIC_KINDS = ("ATOM", "ATOMG", "RED", "REDG", "global_atomic", "buffer_atomic", "flat_atomic")
 SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -64,8 +66,9 @@ class KernelSpec:
     num_warps: int = 4
     num_stages: int = 3
     divisible: tuple[str, ...] = ()  # pointers and integers that are multiples of 16
-    bytes_moved: int = 0  # global memory traffic of one launch at `shape`, from the kernel's loops; 0: not stated
-    bytes_minimum: int = 0  # each input read once, each output written once
+    bytes_issued: int = 0  # what a call at `shape` loads and stores, from the grid and the tiles; 0: not counted
+    bytes_moved: int = 0  # of it, from and to memory: `lora.fast.kernels.traffic` says what L2 is taken to keep
+    bytes_minimum: int = 0  # from the shapes alone: each input read once, each output written once
     shape: str = ""  # what the two figures are for: "tokens 8192, 4096 -> 14336, r 16"
     flops: int = 0  # of one launch at `shape`, where it is a product
     fp_fusion: bool = True  # whether a product and a sum may share one rounding, as the launch asks
@@ -98,6 +101,15 @@ class Report:
         return sum(n for (head, *rest), n in parts if head == base and set(modifiers) <= set(rest))
 
     @property
+    def wide_loads(self) -> tuple[int, int]:
+        """Of the instructions that load from global memory, those of 128 bits, and all."""
+        if self.sass is None:
+            kinds = [f"{unit}_load" for unit in ("global", "buffer")]
+            return sum(self.count(f"{kind}_dwordx4") for kind in kinds), sum(map(self.count, kinds))
+        kinds = ["LDG", "LDGSTS"]  # into registers; into shared memory, past them
+        return sum(self.count(f"{kind}.128") for kind in kinds), sum(map(self.count, kinds))
+
+    @property
     def instructions(self) -> int:
         """All of them, as written (a loop's body counts once)."""
         return self.opcodes.total()
@@ -127,31 +139,52 @@ class Report:
         return min(by_registers, by_shared, 32, 64 // self.num_warps) * self.num_warps / 64
 
 
+def distinct(specs: Iterable[KernelSpec]) -> list[KernelSpec]:
+    """The configurations worth compiling for every target: all but float16's, which are bfloat16's in another type."""
+    return [spec for spec in specs if "*fp16" not in spec.signature.values()]
+
+
 def spec_of(name: str, call: Callable[[], object], kernel: Any, *others: Any, **details: Any) -> KernelSpec:
     """What `kernel` would be compiled to when `call()` launches it: the launcher itself says it, so it cannot go stale.
 
     Args:
         name: of the spec.
         call: runs a launcher, on meta tensors.
-        kernel, *others: every kernel that `call` launches; the first one's last launch is meant.
-        **details: the spec's other fields, `shape` and `bytes_moved` say.
+        kernel, *others: every kernel that `call` launches; the first one's last launch is meant. Bytes are counted over
+            all launches.
+        **details: the spec's other fields, `shape` and `bytes_minimum` say.
     """
-    launches: dict[Any, dict[str, Any]] = {}
+    launches = launches_of(call, kernel, *others)
+    if all(is_counted(launch.kernel) for launch in launches):
+        counted = traffic_of(launches)
+        details = {"bytes_issued": counted.issued, "bytes_moved": counted.moved, **details}
+    meant = next(launch for launch in reversed(launches) if launch.kernel == kernel.fn.__name__)
+    return _specialised(name, kernel, dict(meant.arguments), details)
+
+
+def launches_of(call: Callable[[], object], *kernels: Any, runs: bool = False) -> list[Launch]:
+    """The launches of `kernels` that `call()` makes, in their order; nothing is computed unless `runs`."""
+    launches: list[Launch] = []
 
     def recorder(function: Any) -> Callable[..., None]:
+        run = function.run
+
         def record(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            launches[function] = dict(zip(function.arg_names, arguments, strict=False)) | options
+            given = dict(zip(function.arg_names, arguments, strict=False)) | options
+            launches.append(Launch(function.fn.__name__, tuple(grid), given))
+            if runs:
+                run(*arguments, grid=grid, warmup=warmup, **options)
 
         return record
 
-    for function in (kernel, *others):
+    for function in kernels:
         function.run = recorder(function)  # of this object, not of its class
     try:
         call()
     finally:
-        for function in (kernel, *others):
+        for function in kernels:
             del function.run
-    return _specialised(name, kernel, launches[kernel], details)
+    return launches
 
 
 def _specialised(name: str, kernel: Any, given: dict[str, Any], details: dict[str, Any]) -> KernelSpec:
@@ -204,9 +237,14 @@ def compile_for(spec: KernelSpec, target: str) -> Report:
 
 
 def check_spec(spec: KernelSpec, target: str) -> None:
-    """The target is known, the kernel can be compiled, and every argument is given exactly once."""
+    """The target is known, the kernel can be compiled and launched, and every argument is given exactly once."""
     if target not in TARGETS:
         raise LoRAError(f"The target is {target!r}, expected one of {', '.join(TARGETS)}.")
+    if (threads := spec.num_warps * TARGETS[target].warp_size) > MOST_THREADS:
+        raise LoRAError(
+            f"{spec.name} has {spec.num_warps} warps, {threads} threads on {target}, expected at most {MOST_THREADS}: "
+            "a program of more compiles, but no GPU launches it."
+        )
     if interpreting():
         raise LoRAError(
             f"{spec.name} cannot be compiled under TRITON_INTERPRET=1, which makes kernels Python functions: "

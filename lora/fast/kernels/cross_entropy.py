@@ -20,6 +20,8 @@ Gimelshein 2018), joined once at the end, so that no reduction across threads st
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +32,7 @@ from lora.fast.kernels.compile_check import KernelSpec, spec_of
 
 LOWEST = tl.constexpr(-3.4e38)  # where a maximum starts: finite, as the difference of two infinities is NaN
 BLOCK = 8192  # logits at a time: 32 warps, 8 a thread, one 128-bit load of 16-bit logits
-PER_WARP = 256
+PER_WARP = 256  # of 32 threads
 LANE = 8  # neighbouring logits whose maximum is found first: one running maximum and one rescaling for all of them
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -73,8 +75,7 @@ def cross_entropy_(
             0 if row_weight is None else row_weight.stride(0), ignore_index, float(logit_scale), float(softcap or 1),
             float(label_smoothing), 1.0 if isinstance(weight, Tensor) else float(weight),
             HAS_GRADIENT=gradient, HAS_SOFTCAP=softcap is not None, SMOOTHS=label_smoothing > 0,
-            BLOCK=block, LANE=LANE,
-            num_warps=max(1, block // PER_WARP), enable_fp_fusion=True,
+            BLOCK=block, LANE=LANE, num_warps=warps_of(block, torch.version.hip is not None), enable_fp_fusion=True,
         )  # fmt: skip
     return loss
 
@@ -103,6 +104,11 @@ def block_size(vocab: int) -> int:
     """BLOCK, or as short as the vocabulary, but at least 8 logits for each thread of one warp."""
     size: int = min(BLOCK, max(PER_WARP, triton.next_power_of_2(vocab)))
     return size
+
+
+def warps_of(block: int, rocm: bool) -> int:
+    """8 logits a thread: of the 1024 that a program may have, in warps of 32, or of 64 on AMD."""
+    return max(1, block // (2 * PER_WARP if rocm else PER_WARP))
 
 
 @triton.jit
@@ -227,13 +233,14 @@ def cross_entropy_kernel(
             )
 
 
-def compile_specs() -> list[KernelSpec]:
-    """Llama-3.1-8B's vocabulary, a chunk of 1024 tokens; with a cap Gemma 2's."""
+def compile_specs(target: str = "sm_90") -> list[KernelSpec]:
+    """Llama-3.1-8B's vocabulary, a chunk of 1024 tokens; with a cap Gemma 2's; with `target`'s warps."""
     specs = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for gradient in (True, False):
             specs.append(_spec(dtype, gradient, 128256))
-    return [*specs, _spec(torch.bfloat16, True, 256000, 30.0), _spec(torch.float32, True, 256000, 30.0)]
+    specs += [_spec(torch.bfloat16, True, 256000, 30.0), _spec(torch.float32, True, 256000, 30.0)]
+    return [replace(spec, num_warps=warps_of(spec.constexprs["BLOCK"], target.startswith("gfx"))) for spec in specs]
 
 
 def _spec(dtype: torch.dtype, gradient: bool, vocab: int, softcap: float | None = None) -> KernelSpec:
@@ -246,7 +253,6 @@ def _spec(dtype: torch.dtype, gradient: bool, vocab: int, softcap: float | None 
         f"cross_entropy {kind}{', capped' if softcap else ''} {str(dtype).removeprefix('torch.')}",
         lambda: cross_entropy_(logits, labels, softcap, gradient=gradient),
         cross_entropy_kernel,
-        bytes_moved=(3 if gradient else 1) * logits.nbytes + small,
         bytes_minimum=(2 if gradient else 1) * logits.nbytes + small,
         shape=f"rows {rows}, vocabulary {vocab}",
     )

@@ -36,6 +36,7 @@ from lora.fast.kernels.common import as_rows, matrix_product, output_rows, preci
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.fast.kernels.dropout import keep_lanes, keep_mask, launch_key
 from lora.fast.runtime import interpreting
+from lora.fast.support import device_reasons
 from lora.projection import Dropout
 from lora.reference.dropout import LANES, keep_scale, threshold
 
@@ -274,13 +275,21 @@ def mask_arguments(dropout: Dropout | None, features: int) -> Mask:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The family of tiles for a device, one of WIDE_TILES; the interpreter takes Hopper's."""
+    """The family of tiles for a device, one of WIDE_TILES; the interpreter takes Hopper's.
+
+    A compute capability that none is named after (8.9, 12.0) takes sm_80's: at most 99 KiB of shared memory a block,
+    which every GPU from 8.0 on has.
+
+    Raises: UnsupportedError, naming every reason, for a GPU that the kernels are not checked for.
+    """
     if device.type != "cuda":
         return "sm_90"
+    if found := device_reasons(device):
+        raise UnsupportedError("; ".join(found) + ". Use LORA_BACKEND=reference there.")
     if torch.version.hip is not None:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # sm_80's need no more shared memory than a consumer GPU has
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def is_even(matrix: Tensor) -> bool:
@@ -494,7 +503,7 @@ def sum_parts_kernel(part_ptr, total_ptr, count, parts, BLOCK: tl.constexpr):
     tl.store(total_ptr + o_n, acc.to(total_ptr.dtype.element_ty), mask=o_n < count)
 
 
-SMALL = (("forward", 256), ("backward", 512), ("forward", 64))  # batches that the smaller tiles are for
+SMALL = (("forward", 256), ("backward", 512), ("forward", 64), ("backward", 64))  # batches for the smaller tiles
 
 
 def compile_specs(target: str = "sm_90") -> list[KernelSpec]:
@@ -503,15 +512,15 @@ def compile_specs(target: str = "sm_90") -> list[KernelSpec]:
     forms = [("forward", bf16), ("backward", bf16), ("forward bias", bf16), ("backward dropout", bf16)]
     specs = [_gemm_spec(dtype, target, form) for form, dtype in (*forms, ("forward", fp16), ("forward", fp32))]
     specs += [_gemm_spec(bf16, target, form, tokens) for form, tokens in SMALL]
+    specs += [_gemm_spec(fp32, target, "backward", tokens) for tokens in (256, 64)]
     specs += [_skinny_spec(dtype, 8192, 16, p) for dtype, p in ((bf16, 0.0), (bf16, 0.1), (fp32, 0.0))]
     specs += [_skinny_spec(bf16, 8192, 48, 0.0), _skinny_spec(bf16, 512, 16, 0.1)]
     specs += [_sum_spec(dtype, 4096, 16, p) for dtype, p in ((bf16, 0.0), (bf16, 0.1), (fp32, 0.0))]
     specs += [_sum_spec(bf16, 1024, 16, None), _sum_spec(bf16, 4096, 64, 0.0)]
     parts = torch.empty(8, 16, 4096, device="meta")
-    moved = 4 * (parts.numel() + parts[0].numel())
     specs.append(
         spec_of("sum_parts", lambda: sum_parts(parts, torch.float32), sum_parts_kernel, shape="8 parts of 16 x 4096",
-                bytes_moved=moved, bytes_minimum=moved)
+                bytes_minimum=4 * (parts.numel() + parts[0].numel()))
     )  # fmt: skip
     return specs
 
@@ -521,10 +530,7 @@ def _meta(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _gemm_spec(dtype: torch.dtype, target: str, form: str, tokens: int = 8192) -> KernelSpec:
-    """x [tokens, 4096] to 14336 features (forward), or back.
-
-    Moved: a wave of programs, GROUP_M tiles high, reads its rows of x and columns of w once; L2 keeps them that long.
-    """
+    """x [tokens, 4096] to 14336 features (forward), or back."""
     M, N, K, R = (tokens, 14336, 4096, 16) if "forward" in form else (tokens, 4096, 14336, 16)
     tile = tile_for(M, N, dtype, target, "dropout" in form)
     x, w, u, b, bias = _meta(dtype, (M, K), (K, N), (M, R), (R, N), (N,))
@@ -534,24 +540,19 @@ def _gemm_spec(dtype: torch.dtype, target: str, form: str, tokens: int = 8192) -
     else:
         dropout = Dropout(0.1, 0) if "dropout" in form else None
         call = lambda: lora_gemm_dx(x, w, u, b, dropout, tile=tile)  # noqa: E731
-    rows = min(GROUP_M, triton.cdiv(M, tile.BLOCK_M))
-    columns = min(PROGRAMS // rows, triton.cdiv(N, tile.BLOCK_N))
-    waves = triton.cdiv(M, tile.BLOCK_M * rows) * triton.cdiv(N, tile.BLOCK_N * columns)
-    read = waves * (rows * tile.BLOCK_M + columns * tile.BLOCK_N) * K
     return spec_of(
         f"lora_gemm {form} {_short(dtype)}, {M} tokens, tile {tile.BLOCK_M}x{tile.BLOCK_N}", call, lora_gemm_kernel,
-        shape=f"{M} tokens, {K} -> {N}, r {R}", bytes_moved=dtype.itemsize * (read + M * N + R * (M + N)),
-        bytes_minimum=dtype.itemsize * (M * K + K * N + M * N + R * (M + N)), flops=2 * M * N * (K + R),
+        shape=f"{M} tokens, {K} -> {N}, r {R}", flops=2 * M * N * (K + R),
+        bytes_minimum=dtype.itemsize * (M * K + K * N + M * N + R * (M + N) + N * ("bias" in form)),
     )  # fmt: skip
 
 
 def _skinny_spec(dtype: torch.dtype, tokens: int, r: int, p: float) -> KernelSpec:
     x, A = _meta(dtype, (tokens, 4096), (r, 4096))
-    moved = dtype.itemsize * (x.numel() * triton.cdiv(r, rank_block(r)) + A.numel() + tokens * r)
     return spec_of(
         f"skinny_gemm {_short(dtype)}, {tokens} tokens, r {r}{' dropout' * (p > 0)}",
         lambda: skinny_gemm(x, A, Dropout(p, 0)), skinny_kernel, shape=f"{tokens} tokens, 4096 -> r {r}",
-        bytes_moved=moved, bytes_minimum=dtype.itemsize * (x.numel() + A.numel() + tokens * r),
+        bytes_minimum=dtype.itemsize * (x.numel() + A.numel() + tokens * r),
         flops=2 * tokens * 4096 * r,
     )  # fmt: skip
 
@@ -561,13 +562,11 @@ def _sum_spec(dtype: torch.dtype, N: int, r: int, p: float | None) -> KernelSpec
     tokens = 8192
     wide, thin = _meta(dtype, (tokens, N), (tokens, r))
     splits = token_splits(tokens, N, r, dtype)[0]
-    least = dtype.itemsize * (wide.numel() + thin.numel()) + 4 * N * r
     call = (lambda: lora_B_gradient(wide, thin)) if p is None else (lambda: lora_A_gradient(thin, wide, Dropout(p, 0)))
     return spec_of(
         f"lora_{'B' if p is None else 'A'}_gradient {_short(dtype)}, {N}, r {r}{' dropout' if p else ''}",
         call, token_sum_kernel, sum_parts_kernel, shape=f"{tokens} tokens, {N} x r {r}, {splits} parts",
-        bytes_moved=least + (2 * splits * 4 * N * r if splits > 1 else 0), bytes_minimum=least,
-        flops=2 * tokens * N * r,
+        bytes_minimum=dtype.itemsize * (wide.numel() + thin.numel()) + 4 * N * r, flops=2 * tokens * N * r,
     )  # fmt: skip
 
 

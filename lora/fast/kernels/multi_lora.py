@@ -327,35 +327,31 @@ def _meta_groups(adapters: int) -> Groups:
 
 def _shrink_spec(dtype: torch.dtype, adapters: int) -> KernelSpec:
     x, A, groups = _meta(dtype, TOKENS, FEATURES), _meta(dtype, adapters, 16, FEATURES), _meta_groups(adapters)
-    moved = dtype.itemsize * (x.numel() + A.numel() + 2 * TOKENS * 16)  # u: filled with zeros, then written
     return spec_of(
         f"multi_lora_shrink {dtype}, {adapters} adapters".replace("torch.", ""),
         lambda: multi_lora_shrink(x, A, _meta(torch.float32, adapters), groups), shrink_kernel,
-        shape=f"{TOKENS} tokens, {FEATURES} -> r 16", bytes_moved=moved,
-        bytes_minimum=moved - dtype.itemsize * TOKENS * 16, flops=2 * x.numel() * 16,
+        shape=f"{TOKENS} tokens, {FEATURES} -> r 16",
+        bytes_minimum=dtype.itemsize * (x.numel() + A.numel() + TOKENS * 16), flops=2 * x.numel() * 16,
     )  # fmt: skip
 
 
 def _expand_spec(dtype: torch.dtype, adapters: int) -> KernelSpec:
     h, u = _meta(dtype, TOKENS, FEATURES), _meta(dtype, TOKENS, 16)
     B, groups = _meta(dtype, adapters, FEATURES, 16), _meta_groups(adapters)
-    moved = dtype.itemsize * (2 * h.numel() + u.numel() + B.numel())
     return spec_of(
         f"multi_lora_expand {dtype}, {adapters} adapters".replace("torch.", ""),
         lambda: multi_lora_expand_(h, u, B, groups), expand_kernel,
-        shape=f"{TOKENS} tokens, r 16 -> {FEATURES}", bytes_moved=moved, bytes_minimum=moved,
-        flops=2 * h.numel() * 16,
+        shape=f"{TOKENS} tokens, r 16 -> {FEATURES}",
+        bytes_minimum=dtype.itemsize * (2 * h.numel() + u.numel() + B.numel()), flops=2 * h.numel() * 16,
     )  # fmt: skip
 
 
 def _sums_spec(dtype: torch.dtype, r: int, transposed: bool) -> KernelSpec:
     wide, thin, adapters = _meta(dtype, TOKENS, FEATURES), _meta(dtype, TOKENS, r), 8
-    splits = token_splits(TOKENS, FEATURES, r, dtype, adapters)[0]
-    least = dtype.itemsize * (wide.numel() + thin.numel()) + 4 * adapters * FEATURES * r
     return spec_of(
         f"multi_lora_{'A' if transposed else 'B'}_gradient {dtype}, r {r}".replace("torch.", ""),
         lambda: _sums(wide, thin, _meta_groups(adapters), torch.float32, transposed=transposed),
         sums_kernel, sum_parts_kernel, shape=f"{TOKENS} tokens, {adapters} x {FEATURES} x r {r}",
-        bytes_moved=least + (8 * splits * adapters * FEATURES * r if splits > 1 else 0), bytes_minimum=least,
+        bytes_minimum=dtype.itemsize * (wide.numel() + thin.numel()) + 4 * adapters * FEATURES * r,
         flops=2 * wide.numel() * r,
     )  # fmt: skip

@@ -268,26 +268,22 @@ def _decode_spec(dtype: torch.dtype, nested: bool, border: int, block_size: int 
         block_size, *((empty(blocks // 256, torch.float32), empty(1, torch.float32)) if nested else ()),
     )  # fmt: skip
     out = torch.empty(rows, columns + border, dtype=dtype, device="meta")[:, :columns]
-    moved = nf4_bytes(weight) + count * dtype.itemsize
     kind = f"{'nested' if nested else 'plain'}{', bordered' if border else ''}, blocks of {block_size}"
     return spec_of(
         f"nf4_dequantize {str(dtype).removeprefix('torch.')} {kind}",
         lambda: nf4_dequantize_into(weight, out),
         nf4_dequantize_kernel,
-        bytes_moved=moved,
-        bytes_minimum=moved,
+        bytes_minimum=nf4_bytes(weight) + count * dtype.itemsize,
         shape=f"{columns} -> {rows}",
     )
 
 
 def _encode_spec(dtype: torch.dtype) -> KernelSpec:
     weight = torch.empty(14336, 4096, dtype=dtype, device="meta")
-    moved = weight.nbytes + weight.numel() // 2 + weight.numel() // 16
     return spec_of(
         f"nf4_quantize {str(dtype).removeprefix('torch.')}",
         lambda: nf4_quantize_blocks(weight, double_quant=False),
         nf4_quantize_kernel,
-        bytes_moved=moved,
-        bytes_minimum=moved,
+        bytes_minimum=weight.nbytes + weight.numel() // 2 + weight.numel() // 16,
         shape="4096 -> 14336",
     )

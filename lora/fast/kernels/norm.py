@@ -31,11 +31,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lora.fast.kernels.common import output_rows, wide_type
-from lora.fast.kernels.compile_check import POINTER, KernelSpec
+from lora.fast.kernels.compile_check import KernelSpec, spec_of
 from lora.fast.kernels.norm_kernels import (
     norm_backward_kernel,
     norm_backward_looped_kernel,
@@ -338,8 +337,10 @@ def programs_for(tiles: int, num_warps: int, device: torch.device, column_blocks
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; the interpreter is given two, so that programs take several tiles there too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Of a GPU; the interpreter is given two, so that programs take several tiles there too, `compile_specs` H100."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return H100 if device.type == "meta" else 2
 
 
 def inner_rows(*tensors: Tensor | None) -> int:
@@ -365,77 +366,118 @@ def compile_specs() -> list[KernelSpec]:
     """The norms of Llama-3.1-8B at 8192 tokens, a head's q_norm, LayerNorm, and rows of the greatest size each way."""
     bfloat16, float32 = torch.bfloat16, torch.float32
     llama, gemma, layer = _Norm(False, 0.0, True, 1e-5), _Norm(False, 1.0, False, 1e-6), _Norm(True, eps=1e-5)
-    forward, backward = norm_forward_kernel, norm_backward_kernel
-    everything = ("residual", "s", "bias", "mean", "dsum", "dweight", "dbias")
-    without_sum = ("bias", "mean", "dweight", "dbias")
     longer = 4 * MAX_FEATURES
+    everything, sums = ("dsum", "weight", "bias"), ("weight", "bias")
     return [
-        _spec("llama", forward, 4096, bfloat16, llama, ("residual", "s")),
-        _spec("llama", forward, 4096, torch.float16, llama),
-        _spec("gemma", forward, 4096, float32, gemma, ("residual", "s")),
-        _spec("q_norm", forward, 128, bfloat16, llama),
-        _spec("layer norm", forward, MAX_FEATURES, float32, layer, everything),
-        _spec("llama", norm_forward_looped_kernel, longer, bfloat16, llama, ("residual", "s")),
-        _spec("layer norm", norm_forward_looped_kernel, longer, float32, layer, everything),
-        _spec("llama", backward, 4096, bfloat16, llama, ("dsum",)),
-        _spec("llama trained", backward, 4096, bfloat16, llama, ("dsum", "dweight")),
-        _spec("gemma trained", backward, 4096, float32, gemma, ("dsum", "dweight")),
-        _spec("q_norm trained", backward, 128, bfloat16, llama, ("dweight",)),
-        _spec("layer norm trained", backward, MAX_FEATURES, float32, layer, without_sum),
-        _spec("layer norm trained", backward, MAX_FEATURES // 2, float32, layer, everything),
-        _spec("llama", norm_backward_looped_kernel, longer, bfloat16, llama, ("dsum",)),
-        _spec("layer norm", norm_backward_looped_kernel, longer, float32, layer, everything),
-        _spec("layer norm", norm_weight_gradient_kernel, longer, bfloat16, layer, everything),
+        _forward_spec("llama", 4096, bfloat16, llama, "residual"),
+        _forward_spec("llama", 4096, bfloat16, llama),
+        _forward_spec("llama", 4096, torch.float16, llama),
+        _forward_spec("gemma", 4096, float32, gemma, "residual"),
+        _forward_spec("q_norm", 128, bfloat16, llama),
+        _forward_spec("q_norm in a q/k/v buffer", 128, bfloat16, llama, "fused"),
+        _forward_spec("layer norm", MAX_FEATURES, float32, layer, "residual", "bias"),
+        _forward_spec("llama", longer, bfloat16, llama, "residual"),
+        _forward_spec("layer norm", longer, float32, layer, "residual", "bias"),
+        _backward_spec("llama", 4096, bfloat16, llama, "dsum"),
+        _backward_spec("llama", 4096, bfloat16, llama),
+        _backward_spec("q_norm", 128, bfloat16, llama),
+        _backward_spec("q_norm in a q/k/v buffer", 128, bfloat16, llama, "fused"),
+        _backward_spec("llama trained", 4096, bfloat16, llama, "weight"),
+        _backward_spec("llama trained", 4096, bfloat16, llama, "dsum", "weight"),
+        _backward_spec("gemma trained", 4096, float32, gemma, "dsum", "weight"),
+        _backward_spec("q_norm trained", 128, bfloat16, llama, "weight"),
+        _backward_spec("layer norm trained", MAX_FEATURES, float32, layer, *sums),
+        _backward_spec("layer norm trained", MAX_FEATURES // 2, float32, layer, *everything),
+        _backward_spec("llama", longer, bfloat16, llama, "dsum"),
+        _backward_spec("layer norm", longer, float32, layer, "dsum"),
+        _weight_gradient_spec("layer norm", longer, bfloat16, layer),
         _sum_spec(4096, bfloat16),
+        _sum_spec(128, bfloat16),
     ]
 
 
-def _spec(
-    name: str, kernel: Any, features: int, dtype: torch.dtype, norm: _Norm, present: tuple[str, ...] = ()
-) -> KernelSpec:
-    """A kernel with these optional operands beside those it always has, rows in one group."""
-    tokens = 8192 if features > 128 else 8192 * 32  # a head's rows: one for each of 32 heads
-    given = {f"{operand}_ptr" for operand in (*present, "x", "y", "weight", "rstd", "dy", "dx")}
-    given |= {"s_ptr"} if "dy_ptr" in kernel.arg_names else set()
-    in_float32 = {"mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"}
-    block, num_warps = column_block() if kernel is norm_weight_gradient_kernel else block_of(features)
-    constexprs = {"CENTRED": norm.centred, "OFFSET": norm.offset, "ROUND": norm.round_before_weight, "EPS": norm.eps}
-    constexprs |= {"WIDE": tl.float32, "inner": 1, **block}
-    arguments = [argument for argument in kernel.arg_names if argument not in constexprs]
-    absent = [argument for argument in arguments if argument.endswith("_ptr") and argument not in given]
-    types = {argument: POINTER[torch.float32 if argument in in_float32 else dtype] for argument in given}
-    signature = {argument: types.get(argument, "i32") for argument in arguments if argument not in absent}
-    matrices = [a for a in signature if a.endswith("_ptr") and a not in {*in_float32, "weight_ptr", "bias_ptr"}]
-    vectors = [argument for argument in signature if argument in ("mean_ptr", "rstd_ptr")]
-    minimum = len(matrices) * tokens * features * dtype.itemsize + len(vectors) * tokens * 4
-    sums = [argument for argument in signature if argument in ("dweight_ptr", "dbias_ptr")]
-    programs = H100 * WARPS_AT_ONCE // num_warps  # each writes one row of sums; 8192 tokens are enough for all
-    in_one_pass = kernel in (norm_forward_kernel, norm_backward_kernel)
-    return KernelSpec(
-        name=f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {features} {str(dtype).removeprefix('torch.')}",
-        fn=kernel,
-        signature=signature,
-        constexprs={k: v for k, v in constexprs.items() if k in kernel.arg_names} | dict.fromkeys(absent),
-        num_warps=num_warps,
-        divisible=tuple(signature),
-        bytes_moved=minimum + len(sums) * programs * features * 4 if in_one_pass else 0,
-        bytes_minimum=minimum if in_one_pass else 0,
-        shape=f"rows {tokens}, features {features}",
+def _spec_tensors(features: int, dtype: torch.dtype, count: int, fused: bool = False) -> list[Tensor]:
+    """`count` tensors of 8192 tokens, or of their 32 query heads, which are 32 of 48 in a `fused` q/k/v buffer."""
+    shape = (8192, features) if features > 128 else (8192, 48, features) if fused else (8192 * 32, features)
+    buffers = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(count)]
+    return [buffer[:, :32] for buffer in buffers] if fused else buffers
+
+
+def _spec_name(kernel: Any, name: str, features: int, dtype: torch.dtype, present: tuple[str, ...]) -> str:
+    kind = f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {features} {str(dtype).removeprefix('torch.')}"
+    return kind + "".join(f", {operand}" for operand in present if operand in ("residual", "dsum"))
+
+
+def _forward_spec(name: str, features: int, dtype: torch.dtype, norm: _Norm, *present: str) -> KernelSpec:
+    """A forward with these optional operands."""
+    x, y, residual, s = _spec_tensors(features, dtype, 4, "fused" in present)
+    weight, bias = (torch.empty(features, dtype=dtype, device="meta") for _ in range(2))
+    with_sum, with_bias = "residual" in present, "bias" in present
+    kernel = norm_forward_kernel if features <= MAX_FEATURES else norm_forward_looped_kernel
+    rows = x.numel() // features
+    passes = 4 if with_sum else 2  # x, y, and s and the residual
+    return spec_of(
+        _spec_name(kernel, name, features, dtype, present),
+        lambda: _forward(
+            x, residual if with_sum else None, weight, bias if with_bias else None, y, s if with_sum else None, norm
+        ),
+        kernel,
+        bytes_minimum=passes * x.nbytes + (1 + with_bias) * weight.nbytes + 4 * rows * (1 + norm.centred),
+        shape=f"rows {rows}, features {features}",
+    )
+
+
+def _backward_spec(name: str, features: int, dtype: torch.dtype, norm: _Norm, *present: str) -> KernelSpec:
+    """A backward with dsum, and with the gradients of the weight and the bias, where they are present."""
+    dy, s, dsum, dx = _spec_tensors(features, dtype, 4, "fused" in present)
+    weight, bias = (torch.empty(features, dtype=dtype, device="meta") for _ in range(2))
+    rows = s.numel() // features
+    mean, rstd = (torch.empty(rows, device="meta") for _ in range(2))
+    kernel = norm_backward_kernel if features <= MAX_FEATURES else norm_backward_looped_kernel
+    sums = "weight" in present
+    passes = 3 + ("dsum" in present)
+    vectors = 1 + sums + ("bias" in present)  # the weight, dw, db
+    return spec_of(
+        _spec_name(kernel, name, features, dtype, present),
+        lambda: _backward(
+            dy, s, weight, bias if "bias" in present else None, mean if norm.centred else None, rstd,
+            dsum if "dsum" in present else None, dx, sums, norm,
+        ),
+        kernel, *((sum_partial_kernel,) if sums else ()),
+        bytes_minimum=passes * s.nbytes + vectors * weight.nbytes + 4 * rows * (1 + norm.centred),
+        shape=f"rows {rows}, features {features}",
+    )  # fmt: skip
+
+
+def _weight_gradient_spec(name: str, features: int, dtype: torch.dtype, norm: _Norm) -> KernelSpec:
+    """The sums of dw and db alone, where rows are looped."""
+    dy, s = _spec_tensors(features, dtype, 2)
+    weight = torch.empty(features, dtype=dtype, device="meta")
+    mean, rstd = (torch.empty(len(s), device="meta") for _ in range(2))
+    rows = _Rows(grouped(dy, 1), grouped(s, 1), mean, rstd, len(s), 1)
+
+    def launch() -> None:
+        for partial in _column_sums(rows, (weight, weight), norm):
+            _summed(partial, weight)
+
+    return spec_of(
+        _spec_name(norm_weight_gradient_kernel, name, features, dtype, ()),
+        launch,
+        norm_weight_gradient_kernel,
+        sum_partial_kernel,
+        bytes_minimum=2 * s.nbytes + mean.nbytes + rstd.nbytes + 2 * weight.nbytes,
+        shape=f"rows {len(s)}, features {features}",
     )
 
 
 def _sum_spec(features: int, dtype: torch.dtype) -> KernelSpec:
     """The sums of one weight's gradient, from as many programs as run at once."""
     programs = H100 * WARPS_AT_ONCE // block_of(features)[1]
-    moved = features * (4 * programs + dtype.itemsize)
-    return KernelSpec(
-        name=f"sum_partial {programs} {features}",
-        fn=sum_partial_kernel,
-        signature={"partial_ptr": "*fp32", "out_ptr": POINTER[dtype], "P": "i32", "N": "i32"},
-        constexprs={"WIDE": tl.float32, **sum_block()},
-        num_warps=4,
-        divisible=("partial_ptr", "out_ptr", "N"),
-        bytes_moved=moved,
-        bytes_minimum=moved,
+    partial, like = torch.empty(programs, features, device="meta"), torch.empty(features, dtype=dtype, device="meta")
+    return spec_of(
+        f"sum_partial {programs} {features}",
+        lambda: _summed(partial, like),
+        sum_partial_kernel,
+        bytes_minimum=partial.nbytes + like.nbytes,
         shape=f"programs {programs}, features {features}",
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora.errors import LoRAError
 from lora.fast.kernels.common import wide_type
-from lora.fast.kernels.compile_check import POINTER, KernelSpec
+from lora.fast.kernels.compile_check import KernelSpec, spec_of
 
 TILE = 2048  # pairs at a time: heads by half their features
 TYPES = {
@@ -66,7 +66,7 @@ def rope_forward(
     batch, _, seq, _ = q.shape
     if not batch * seq:
         return out_q, out_k
-    constants, num_warps = launch_rule(q.shape[1], k.shape[1], q.shape[-1], cos.shape[-1])
+    constants, num_warps = launch_rule(q.shape[1], k.shape[1], q.shape[-1], cos.shape[-1], interleaved)
     with torch.cuda.device(q.get_device()):
         rope_kernel[(batch * seq,)](
             q, k, cos, sin, position_ids, out_q, out_k, seq, cos.shape[0],
@@ -173,10 +173,10 @@ def rounded(b_x, COMPUTE: tl.constexpr):
     return b_x.to(COMPUTE).to(b_x.dtype)
 
 
-def launch_rule(heads_q: int, heads_k: int, head_dim: int, rot: int) -> tuple[dict[str, int], int]:
+def launch_rule(heads_q: int, heads_k: int, head_dim: int, rot: int, interleaved: bool) -> tuple[dict[str, int], int]:
     """The compile-time sizes, and the warps: 16 pairs a thread of a tile of q, up to 4 warps."""
     half = triton.next_power_of_2(rot // 2)
-    most = max(1, TILE // half)  # heads
+    most = max(1, TILE // half // (1 + interleaved))  # heads; pairs taken apart in registers spill in a larger tile
     block_q, block_k = (min(triton.next_power_of_2(heads), most) for heads in (heads_q, heads_k))
     sizes = {"HEADS_Q": heads_q, "HEADS_K": heads_k, "HEAD_DIM": head_dim, "ROT": rot, "HALF": half}
     sizes |= {"BLOCK_Q": block_q, "BLOCK_K": block_k, "REST": triton.next_power_of_2(max(head_dim - rot, 1))}
@@ -230,8 +230,8 @@ def compute_type(x: Tensor, table: Tensor) -> Any:
 
 
 def passes_through(x: Tensor, out: Tensor, cos: Tensor) -> bool:
-    """Whether features from rot on must be copied."""
-    return cos.shape[-1] < x.shape[-1] and out.data_ptr() != x.data_ptr()
+    """Whether features from rot on must be copied; to `compile_specs` every result is a new one."""
+    return cos.shape[-1] < x.shape[-1] and (out.is_meta or out.data_ptr() != x.data_ptr())
 
 
 def compile_specs() -> list[KernelSpec]:
@@ -241,40 +241,34 @@ def compile_specs() -> list[KernelSpec]:
         _spec("llama", bfloat16, bfloat16),
         _spec("llama", torch.float16, torch.float16),
         _spec("llama", float32, float32),
-        _spec("float32 tables", bfloat16, float32, INVERSE=True),
-        _spec("positions", bfloat16, bfloat16, ids="*i64"),
-        _spec("interleaved", bfloat16, bfloat16, INTERLEAVED=True),
-        _spec("interleaved", float32, float32, INTERLEAVED=True),
-        _spec("partial", bfloat16, bfloat16, rot=64, PASS_Q=True, PASS_K=True),
+        _spec("llama backward", bfloat16, bfloat16, inverse=True),
+        _spec("float32 tables", bfloat16, float32, inverse=True),
+        _spec("positions", bfloat16, bfloat16, positions=True),
+        _spec("interleaved", bfloat16, bfloat16, interleaved=True),
+        _spec("interleaved", float32, float32, interleaved=True),
+        _spec("partial", bfloat16, bfloat16, rot=64),
     ]
 
 
 def _spec(
-    name: str, dtype: torch.dtype, table: torch.dtype, ids: str | None = None, rot: int = 128, **choices: bool
-) -> KernelSpec:
+    name: str, dtype: torch.dtype, table: torch.dtype, *, rot: int = 128, positions: bool = False,
+    interleaved: bool = False, inverse: bool = False,
+) -> KernelSpec:  # fmt: skip
     heads_q, heads_k, head_dim, tokens = 32, 8, 128, 8192
-    sizes, num_warps = launch_rule(heads_q, heads_k, head_dim, rot)
-    compute = TYPES[torch.promote_types(dtype, table)]
-    constexprs = {"COMPUTE_Q": compute, "COMPUTE_K": compute, "WIDE": tl.float32, "PASS_Q": False, "PASS_K": False}
-    constexprs |= {"INTERLEAVED": False, "INVERSE": False, **sizes, **choices}
-    types = {f"{operand}_ptr": POINTER[dtype] for operand in ("q", "k", "out_q", "out_k")}
-    types |= {"cos_ptr": POINTER[table], "sin_ptr": POINTER[table], "ids_ptr": ids or ""}
-    if ids is None:
-        constexprs["ids_ptr"] = None
-    else:
-        constexprs["ids_seq"] = 1
-    signature = {a: types.get(a, "i32") for a in rope_kernel.arg_names if a not in constexprs}
-    moved = tokens * (
-        2 * (heads_q + heads_k) * head_dim * dtype.itemsize + 2 * rot * table.itemsize + (8 if ids else 0)
+    q, k, _ = (
+        columns.view(1, tokens, -1, head_dim).transpose(1, 2)
+        for columns in torch.empty(tokens, (heads_q + 2 * heads_k) * head_dim, dtype=dtype, device="meta").split(
+            [heads_q * head_dim, heads_k * head_dim, heads_k * head_dim], dim=1
+        )
     )
-    return KernelSpec(
-        name=f"rope {name} {str(dtype).removeprefix('torch.')}",
-        fn=rope_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=num_warps,
-        divisible=tuple(signature),
-        bytes_moved=moved,
-        bytes_minimum=moved,
+    shape = (tokens, rot) if positions else (1, tokens, rot)  # a table to look up, or what every sequence has
+    cos, sin = (torch.empty(shape, dtype=table, device="meta") for _ in range(2))
+    ids = torch.empty(1, tokens, dtype=torch.int64, device="meta") if positions else None
+    least = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes + (0 if ids is None else ids.nbytes)
+    return spec_of(
+        f"rope {name} {str(dtype).removeprefix('torch.')}",
+        lambda: rope_forward(q, k, cos, sin, position_ids=ids, interleaved=interleaved, inverse=inverse),
+        rope_kernel,
+        bytes_minimum=least,
         shape=f"tokens {tokens}, {heads_q} and {heads_k} heads of {head_dim}",
     )
