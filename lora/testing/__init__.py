@@ -16,7 +16,7 @@ every element of every output and gradient is within a bound derived from its ow
 from lora.testing.bounded import SPREAD, Bounded, exact, unit_roundoff
 from lora.testing.cases import Layer, LinearCase, LinearInput, MLPInput, QKVInput, in_float64, linear_bounds
 from lora.testing.proof import Case, Maker, assert_equivalent, build, results
-from lora.testing.report import LEDGER, Ledger, assert_within
+from lora.testing.report import LEDGER, Ledger, Row, assert_within
 
 __all__ = [
     "LEDGER",
@@ -30,6 +30,7 @@ __all__ = [
     "MLPInput",
     "Maker",
     "QKVInput",
+    "Row",
     "assert_equivalent",
     "assert_within",
     "build",

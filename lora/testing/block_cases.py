@@ -12,7 +12,7 @@ from torch import Tensor
 from lora.projection import Dropout, Projection
 from lora.testing import bounds
 from lora.testing.bounds import Results
-from lora.testing.cases import Layer, laid, two_dimensional
+from lora.testing.cases import Layer, laid, norm_may_be_lost, two_dimensional, with_specials
 from lora.testing.proof import Arguments, Case, Maker
 
 
@@ -44,6 +44,10 @@ class EmbeddingInput(Case):
     @property
     def repeats(self) -> bool:
         return self.dy_layout == "expanded"  # an id that comes twice adds up the same number
+
+    @property
+    def boundless(self) -> bool:
+        return norm_may_be_lost(self.layer, self.vocab)
 
     def bounds(self, arguments: Arguments, dys: dict[str, Tensor]) -> Results:
         dy = two_dimensional(dys["h"])
@@ -88,7 +92,7 @@ class MultiLoRAInput(Case):
 
     @property
     def repeats(self) -> bool:
-        return self.layout == self.dy_layout == "expanded"
+        return "expanded" in (self.layout, self.dy_layout)
 
     def bounds(self, arguments: Arguments, dys: dict[str, Tensor]) -> Results:
         given = dict(arguments)
@@ -109,6 +113,7 @@ class Normed(Case):
     residual: bool = False
     weight_dtype: torch.dtype | None = None
     x_size: float = 1.0
+    special: bool = False  # numbers in x that arithmetic treats apart
     layout: str = "contiguous"
     dy_layout: str = "contiguous"
 
@@ -117,13 +122,14 @@ class Normed(Case):
 
     @property
     def repeats(self) -> bool:
-        return self.layout == self.dy_layout == "expanded"
+        return "expanded" in (self.layout, self.dy_layout)
 
     def rows(self, make: Maker) -> dict[str, Tensor]:
         """X, and the residual where there is one."""
         names = ("x", "residual") if self.residual else ("x",)
         shape = (*self.shape, self.features)
-        return {name: laid(make.normal(*shape, scale=self.x_size), self.layout) for name in names}
+        made = {name: make.normal(*shape, scale=self.x_size) for name in names}
+        return {name: laid(with_specials(t) if self.special else t, self.layout) for name, t in made.items()}
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,10 @@ class LayerNormInput(Normed):
     leaves: ClassVar[tuple[str, ...]] = ("x", "weight", "bias", "residual")
 
     bias: bool = True
+
+    @property
+    def boundless(self) -> bool:
+        return self.features == 1  # its variance is nothing but rounding
 
     def arguments(self, make: Maker) -> Arguments:
         tensors = self.rows(make) | {"weight": make.normal(self.features, dtype=self.weight_dtype)}
@@ -252,6 +262,10 @@ class LossInput(Case):
     def repeats(self) -> bool:
         return self.layout == "expanded"
 
+    @property
+    def boundless(self) -> bool:
+        return norm_may_be_lost(self.layer, self.features)
+
     def labels(self, make: Maker) -> Tensor:
         """[...], the first and the last class among them."""
         tokens = math.prod(self.shape)
@@ -296,6 +310,10 @@ class MergeInput(Case):
     constants: ClassVar[tuple[str, ...]] = Projection._fields
     in_features: int = 16
     layer: Layer = field(default_factory=lambda: Layer(16))
+
+    @property
+    def boundless(self) -> bool:
+        return norm_may_be_lost(self.layer, self.in_features)
 
     def arguments(self, make: Maker) -> Arguments:
         return {"projection": self.layer.make(make, self.in_features)}

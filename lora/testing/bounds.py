@@ -21,6 +21,8 @@ from lora.reference.nf4 import nf4_dequantize
 from lora.testing.bounded import Bounded, add_up, exact, floor_of, given, rounding_of, unit_roundoff
 
 Results = dict[str, Bounded]
+FIRST_ORDER = 0.25  # the largest error of an exponent for which exp is a straight line, to a hundredth of the error
+UNKNOWN = 1e80  # a variance of which only a certain bound is left
 
 
 def frozen(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Bounded:
@@ -79,7 +81,9 @@ class Linear:
         """
 
         def over_tokens(left: Bounded, right: Bounded) -> Bounded:
-            return (left.T @ right).rounded(over=left.value.T.abs() @ right.value.abs() if apart else None)
+            if not apart:
+                return (left.T @ right).rounded()
+            return near_zero((left.T @ right).rounded(over=left.value.T.abs() @ right.value.abs()), 2 * len(left.value))
 
         p, x = self.projection, self.x
         dbias = dy.sum(0).rounded(over=dy.value.abs().sum(0) if apart else None)
@@ -106,13 +110,59 @@ class Linear:
         results["dlora_B"] = over_tokens(dh, self.su).rounded()  # s before the product, or after it
         return results
 
+    def in_step(self, factor: Tensor) -> Bounded:
+        """Σ_o of factor [tokens, out] times what errors a token's outputs have in common, those of s u: [tokens, 1].
+
+        Each passes through all of a token's outputs at once, so that in a sum over them they do not average out.
+        """
+        if self.projection.lora_A is None or self.projection.lora_B is None:
+            nothing = torch.zeros_like(factor[:, :1])
+            return Bounded(nothing, nothing, nothing, self.x.dtype)
+        by_rank = (factor if self.gain is None else factor * self.gain.value) @ self.B.value  # [tokens, r]
+        worst, variance = by_rank.abs() * self.su.worst, by_rank.square() * self.su.variance
+        parts = worst.sum(1, keepdim=True), variance.sum(1, keepdim=True)
+        return Bounded(torch.zeros_like(parts[0]), *parts, self.x.dtype)
+
+    def carried(self, dy: Tensor) -> dict[str, Tensor]:
+        """How far an error dy of each token, one number times a row, goes through the sums over its elements."""
+        p = self.projection
+        carried = dy @ self.weight.value
+        if p.lora_A is None or p.lora_B is None:
+            return {"dx": carried.abs()}
+        dh = dy if self.gain is None else dy * self.gain.value
+        du = dh @ self.B.value * p.scaling  # [tokens, r]
+        into_x = masked(exact(du @ self.A.value + (dh - dy) @ self.weight.value), self.dropout).value
+        return {"dx": (carried + into_x).abs(), "dlora_A": du.abs().T @ self.dropped.value.abs()}
+
+
+def near_zero(result: Bounded, roundings: int) -> Bounded:
+    """The result after as many roundings more, of parts of it that may be near zero."""
+    floor = floor_of(result.dtype)
+    worst, variance = result.worst + roundings * floor, result.variance + roundings * floor**2 / 3
+    return Bounded(result.value, worst, variance, result.dtype)
+
+
+def certain(result: Bounded, where: Tensor, worst: Tensor) -> Bounded:
+    """The result with this certain bound, and no other, where errors are too large for the rules of small ones."""
+    chosen = torch.where(where, worst, result.worst), torch.where(where, UNKNOWN, result.variance)
+    return Bounded(result.value, *chosen, result.dtype)
+
+
+def wider(result: Bounded, error: Tensor) -> Bounded:
+    """The result with one more error, of at most this size."""
+    return result._with(result.value, result.worst, result.variance, error)
+
 
 def dora_slope(weight: Bounded, A: Bounded, B: Bounded, scaling: float) -> Bounded:
     """1 / ‖W + s B A‖ of each row, [out]: summed in float32. A row of zeros counts as one of norm 1."""
     adapted = weight + (B @ A) * scaling  # [out, in]
     squares = (adapted * adapted).sum(1)
     nothing = (squares.value == 0).double()
-    return (squares + nothing).map(lambda t: t.rsqrt())
+    squares = squares + nothing
+    slope = squares.map(lambda t: t.rsqrt())
+    left = squares.value - squares.bound()  # the least that the sum may be
+    furthest = torch.where(left > 0, left.rsqrt() - squares.value.rsqrt(), torch.inf)
+    return certain(slope, squares.bound() > FIRST_ORDER * squares.value, furthest)
 
 
 def linear(x: Tensor, projection: Projection, dy: Tensor, dropout: Dropout | None = None) -> Results:
@@ -364,19 +414,35 @@ def cross_entropy(
     powers = below.map(torch.exp, ulps=4 + 2 * below.value.abs())
     total = powers.sum(1, keepdim=True)
     losses = (total.map(torch.log) + top) - (z * target).sum(1, keepdim=True)
+    of_logits = powers.value / total.value - target
+    losses = losses + layer.in_step(of_logits * logit_scale * (1 if bend is None else bend.value))
+    off = z.worst.amax(1, keepdim=True)  # [tokens, 1]
+    rough = z.bound().amax(1, keepdim=True) > FIRST_ORDER
+    losses = certain(losses, rough, 2 * off)
     losses = losses * (counted * weight)
     loss = losses.reshaped(lambda t: t[:, 0]) if each else losses.sum(0).reshaped(lambda t: t[0])
-    dz = (powers * total.map(torch.reciprocal) - target) * (counted * weight) * logit_scale
+    p = powers * total.map(torch.reciprocal)
+    p = certain(p, rough, (p.value * torch.expm1(2 * off)).clamp(max=1))
+    dz = (p - target) * (counted * weight) * logit_scale
     if bend is not None:
         dz = dz * bend
     scale = given(dloss, hidden.dtype).reshaped(lambda t: t.reshape(-1, 1))
     dlogits = (dz.rounded() * scale).rounded()
-    gradients = layer.backward(dlogits, apart=True)
+    # what all logits of a token have in common changes Σ exp, and with it every probability of the row in step
+    probability = powers.value / total.value
+    by_logit = logit_scale * (1 if bend is None else bend.value)
+    moved = layer.in_step(probability * by_logit).bound()  # [tokens, 1]
+    of_row = probability * by_logit * counted * weight * scale.value * moved
+    gradients = layer.backward(wider(dlogits, of_row.abs()), apart=True)
+    # and what is nearest to zero is rounded to it, in one direction
+    lost = torch.where(dlogits.value.abs() <= floor_of(hidden.dtype), dlogits.value, 0.0)
+    for in_step in (layer.carried(of_row), layer.carried(lost)):
+        gradients |= {name: wider(gradients[name], size) for name, size in in_step.items()}
     # a gradient made in the forward is multiplied by the loss's own, each rounded once more
     one = exact(torch.ones(()), hidden.dtype).rounded()
     gradients = {name: (value * one).rounded() for name, value in gradients.items()}
     if not each:  # and what its first rounding costs near zero is multiplied too
-        near_zero = floor_of(hidden.dtype) * float(dloss.abs())
-        gradients = {name: v._with(v.value, v.worst, v.variance, near_zero) for name, v in gradients.items()}
+        floor = torch.tensor(floor_of(hidden.dtype) * float(dloss.abs()), dtype=torch.float64)
+        gradients = {name: wider(value, floor) for name, value in gradients.items()}
     gradients["dhidden"] = gradients.pop("dx")
     return gradients | {"loss": loss}

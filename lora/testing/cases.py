@@ -45,6 +45,19 @@ def laid(tensor: Tensor, layout: str) -> Tensor:
     return view
 
 
+def with_specials(x: Tensor) -> Tensor:
+    """Numbers that arithmetic treats apart, among the first: zeros of both signs, a subnormal, the smallest normal.
+
+    Of float64 the zeros only: a bound's variance, itself in float64, cannot hold the square of its subnormals.
+    """
+    limits = torch.finfo(x.dtype)
+    special = [0.0, -0.0]
+    if x.dtype != torch.float64:
+        special += [limits.smallest_normal * limits.eps, -limits.smallest_normal]
+    numbers = torch.tensor(special, dtype=x.dtype, device=x.device)[: x.numel()]
+    return torch.cat([numbers, x.flatten()[len(numbers) :]]).view(x.shape)
+
+
 def two_dimensional(x: Tensor) -> Tensor:
     """[..., features] as [tokens, features]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -59,6 +72,8 @@ class Layer:
     bias: bool = False
     dora: bool = False
     nf4: bool = False
+    nested: bool = True  # of NF4: the absmax quantised too
+    zeros: bool = False  # the first half of W's rows: blocks of zeros, to NF4
     scaling: float = 2.0
     adapter_dtype: torch.dtype | None = None  # by default that of the weight
 
@@ -66,9 +81,12 @@ class Layer:
         """Two-sided random tensors, lora_B too; rows of W and of A have about norm 1."""
         n, r, small = self.out_features, self.rank, self.adapter_dtype
         dense = make.normal(n, in_features, scale=in_features**-0.5)
+        if self.zeros:
+            dense[: (n + 1) // 2] = 0
         weight: Tensor | NF4Weight = dense
         if self.nf4:
-            weight = nf4_quantize(dense if dense.dtype != torch.float64 else dense.float())
+            wide = dense if dense.dtype != torch.float64 else dense.float()
+            weight = nf4_quantize(wide, double_quant=self.nested)
         bias = make.normal(n) if self.bias else None
         if not r:
             return Projection(weight, bias)
@@ -77,6 +95,11 @@ class Layer:
         return Projection(
             weight, bias, lora_A, lora_B, self.scaling, make.positive(n, dtype=small) if self.dora else None
         )
+
+
+def norm_may_be_lost(layer: Layer, in_features: int) -> bool:
+    """Whether w + s b a of a DoRA row may be as small as its rounding; of more features, one will be larger."""
+    return layer.dora and in_features <= 4
 
 
 @dataclass(frozen=True)
@@ -90,17 +113,28 @@ class Projected(Case):
     dy_layout: str = "contiguous"
     x_size: float = 1.0
     dy_size: float = 1.0
+    special: bool = False  # numbers in x that arithmetic treats apart
 
     def x(self, make: Maker) -> Tensor:
         """[..., in]."""
-        return laid(make.normal(*self.shape, self.in_features, scale=self.x_size), self.layout)
+        x = make.normal(*self.shape, self.in_features, scale=self.x_size)
+        return laid(with_specials(x) if self.special else x, self.layout)
 
     @property
     def repeats(self) -> bool:
-        return self.layout == self.dy_layout == "expanded"
+        return "expanded" in (self.layout, self.dy_layout)
 
     def gradient(self, shape: torch.Size, make: Maker) -> Tensor:
         return laid(make.normal(*shape, scale=self.dy_size), self.dy_layout)
+
+    @property
+    def projections(self) -> tuple[Layer, ...]:
+        """How to make each of its projections."""
+        raise NotImplementedError
+
+    @property
+    def boundless(self) -> bool:
+        return any(norm_may_be_lost(layer, self.in_features) for layer in self.projections)
 
 
 @dataclass(frozen=True)
@@ -112,6 +146,10 @@ class LinearInput(Projected):
     leaves: ClassVar[tuple[str, ...]] = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude")
 
     layer: Layer = field(default_factory=lambda: Layer(16))
+
+    @property
+    def projections(self) -> tuple[Layer, ...]:
+        return (self.layer,)
 
     def arguments(self, make: Maker) -> Arguments:
         x = self.x(make)
@@ -135,6 +173,10 @@ class QKVInput(Projected):
 
     layers: tuple[Layer, Layer, Layer] = (Layer(16), Layer(8), Layer(8))
     stacked: bool = False
+
+    @property
+    def projections(self) -> tuple[Layer, ...]:
+        return self.layers
 
     def arguments(self, make: Maker) -> Arguments:
         x = self.x(make)
@@ -163,6 +205,14 @@ class MLPInput(Projected):
     layers: tuple[Layer, Layer, Layer] = (Layer(24), Layer(24), Layer(16))
     activation: str = "silu"
     stacked: bool = False
+
+    @property
+    def projections(self) -> tuple[Layer, ...]:
+        return self.layers
+
+    @property
+    def boundless(self) -> bool:
+        return super().boundless or norm_may_be_lost(self.layers[2], self.layers[0].out_features)
 
     def arguments(self, make: Maker) -> Arguments:
         x, hidden = self.x(make), self.layers[0].out_features

@@ -83,8 +83,32 @@ class Exploration:
             "```text",
             self.ledger.text(by_result=False),
             "```",
+            "",
+            *self.left_open(),
         ]
         return "\n".join(lines)
+
+    def left_open(self) -> list[str]:
+        """What no bound has said anything about, by operation and result."""
+        rows = self.ledger.left_open()
+        unbounded, blind = (sum(getattr(row, name) for row in rows.values()) for name in ("unbounded", "blind"))
+        lines = [
+            f"**Compared with nothing**: {unbounded:,} numbers, with a bound that is infinite or beyond their "
+            f"type's. **Blind**: {blind:,} results that are not zero, but so small beside their bounds (next to the "
+            "smallest number of the type, or nothing but rounding by definition) that zeros would have passed.",
+        ]
+        if not rows:
+            return lines
+        lines += [
+            "",
+            "| operation | result | numbers | compared with nothing | results | blind |",
+            "|---|---|---|---|---|---|",
+        ]
+        for (operation, result), row in rows.items():
+            lines.append(
+                f"| `{operation}` | {result} | {row.elements:,} | {row.unbounded:,} | {row.cases:,} | {row.blind:,} |"
+            )
+        return lines
 
 
 def explore(minutes: float, factor: float) -> Exploration:

@@ -23,7 +23,7 @@ import lora.reference as reference
 from lora.projection import NF4Weight, Projection
 from lora.testing.bounded import SPREAD, Bounded
 from lora.testing.bounds import Results
-from lora.testing.report import LEDGER, assert_within
+from lora.testing.report import LEDGER, Row, assert_within, without_bound
 
 ROUNDINGS = 4  # that a fused operation may make in other places than the reference
 BACKENDS = {"reference": reference, "fast": fast}
@@ -60,12 +60,17 @@ class Case:
 
     @property
     def repeats(self) -> bool:
-        """Whether all tokens are the same one: then their roundings are too, and only the worst case is a bound."""
+        """Whether all tokens have one x or one dy: then their roundings are one, and only the worst case is a bound."""
+        return False
+
+    @property
+    def boundless(self) -> bool:
+        """Whether no element of some result may have a bound: what is divided by may be lost in rounding."""
         return False
 
     def bound_of(self, result: Bounded) -> Tensor:
         """The bound of one result, elementwise."""
-        return result.worst if self.repeats else result.bound()
+        return result.worst.nan_to_num(nan=torch.inf, posinf=torch.inf) if self.repeats else result.bound()
 
 
 class Maker:
@@ -183,24 +188,46 @@ def assert_equivalent(case: Case, device: str = "cpu") -> None:
         within(case, "fast", name, fused[name], exact, bounds)
         if fused[name].dtype != plain[name].dtype:
             raise AssertionError(f"{name} is {fused[name].dtype} from fast, {plain[name].dtype} from the reference")
-        assert_as_near(name, fused[name], plain[name], exact, bounds[name].variance)
+        compared = assert_compared(case, name, bounds[name], exact)
+        if not case.repeats:  # else one rounding more, the same for all tokens, may be all of the bound
+            spread = bounds[name].variance.sqrt().reshape(exact.shape)
+            assert_as_near(name, fused[name], plain[name], exact, spread, compared)
 
 
 def within(case: Case, backend: str, name: str, found: Tensor, exact: Tensor, bounds: Results) -> None:
     """The first criterion, noted in the ledger; the truth has the bound's own error where both are in float64."""
     bound = case.bound_of(bounds[name]).reshape(exact.shape) * (2 if case.dtype == torch.float64 else 1)
     used = assert_within(found, exact, bound, f"{case.operation}: {backend}'s {name}")
-    LEDGER.note(case.operation, backend, case.dtype, name, used, exact.numel())
+    LEDGER.note(case.operation, backend, case.dtype, name, Row.of(used, exact, bound, found.dtype))
 
 
-def assert_as_near(name: str, found: Tensor, plain: Tensor, exact: Tensor, variance: Tensor) -> None:
-    """The second criterion. Half the bound's spread is allowed too: the reference may be lucky on a few elements."""
+def assert_compared(case: Case, name: str, bounded: Bounded, exact: Tensor) -> Tensor:
+    """Which elements have a bound; some of every result, or it was compared with nothing and must not pass for right.
+
+    Raises: AssertionError where none has one, unless the case says that this may be.
+    """
+    open_ = without_bound(case.bound_of(bounded), bounded.dtype).reshape(exact.shape)
+    if open_.numel() and bool(open_.all()) and not case.boundless:
+        raise AssertionError(
+            f"{case.operation}: all {open_.numel()} elements of {name} were compared with nothing, as their bounds are "
+            f"infinite or beyond the numbers of {bounded.dtype}. Try another input, or let the case say that it is "
+            "boundless."
+        )
+    return ~open_
+
+
+def assert_as_near(name: str, found: Tensor, plain: Tensor, exact: Tensor, spread: Tensor, compared: Tensor) -> None:
+    """The second criterion, for elements that have a bound.
+
+    spread: a standard deviation of each; half of what the bound allows of it is allowed too, as the reference may be
+    lucky on a few elements.
+    """
     exact = exact.cpu()
-    finite = exact.abs() < torch.finfo(plain.dtype).max
+    finite = (exact.abs() < torch.finfo(plain.dtype).max) & compared & spread.isfinite()
     if plain.dtype == torch.float64 or not finite.any():
         return
     errors = [torch.where(finite, (t.double().cpu() - exact).abs(), 0.0).nan_to_num(posinf=0.0) for t in (found, plain)]
-    scale, deviation = float(exact[finite].abs().max()), SPREAD / 2 * float(variance.max().sqrt())
+    scale, deviation = float(exact[finite].abs().max()), SPREAD / 2 * float(spread[finite].max())
     allowed = 2 * float(errors[1].max()) + ROUNDINGS * torch.finfo(plain.dtype).eps * scale + deviation
     if float(errors[0].max()) > allowed:
         raise AssertionError(
@@ -215,7 +242,7 @@ def check_formulas(case: Case, truth: dict[str, Tensor], bounds: Results) -> Non
         if name not in bounds:
             raise AssertionError(f"{type(case).__name__}.bounds says nothing about {name!r}; it has {sorted(bounds)}")
         b = bounds[name]
-        room = (1e-3 if case.dtype != torch.float64 else 2.0) * b.bound()
+        room = (1e-3 if case.dtype != torch.float64 else 2.0) * case.bound_of(b)
         assert_within(b.value.reshape(exact.shape), exact, room.reshape(exact.shape), f"the bound's own {name}")
 
 

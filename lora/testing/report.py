@@ -1,4 +1,4 @@
-"""How an error is reported, and how much of its bound was used: a failure says where, a success says how close."""
+"""How an error is reported, and how much of its bound was used: a failure says where, a success how close."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def shares_of(actual: Tensor, truth: Tensor, bound: Tensor, limit: float = math.
     error = torch.where((found == truth) | overflows, 0.0, (found - truth).abs())
     share = torch.where(error == 0, 0.0, error / bound)
     return error, torch.where(share.isfinite() & error.isfinite(), share, math.inf)
+
+
+def without_bound(bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which elements are compared with nothing: their bound is infinite, or no finite number of the type is outside."""
+    return bound.double().cpu().nan_to_num(nan=math.inf) >= torch.finfo(dtype).max
 
 
 def assert_within(actual: Tensor, truth: Tensor, bound: Tensor, name: str = "result") -> float:
@@ -55,14 +60,27 @@ class Row:
 
     cases: int = 0
     elements: int = 0
+    unbounded: int = 0  # of the elements: compared with nothing
+    blind: int = 0  # of the cases: zeros would have passed, which are not the result
     largest: float = 0.0
     bins: Counter[int] = field(default_factory=Counter)  # of the worst element of each case
 
-    def add(self, used: float, elements: int) -> None:
-        self.cases += 1
-        self.elements += elements
-        self.largest = max(self.largest, used)
-        self.bins[sum(used > edge for edge in EDGES)] += 1
+    @classmethod
+    def of(cls, used: float, truth: Tensor, bound: Tensor, dtype: torch.dtype) -> Row:
+        """One case: the largest share of the bound that was used, and what the bound leaves open."""
+        truth, bound = truth.detach().double().cpu(), bound.detach().double().cpu()
+        blind = bool(truth.any()) and bool((truth.abs() <= bound).all())
+        column = sum(used > edge for edge in EDGES)
+        return cls(1, truth.numel(), int(without_bound(bound, dtype).sum()), blind, used, Counter([column]))
+
+    def merge(self, other: Row) -> None:
+        """All that another row has seen."""
+        self.cases += other.cases
+        self.elements += other.elements
+        self.unbounded += other.unbounded
+        self.blind += other.blind
+        self.largest = max(self.largest, other.largest)
+        self.bins.update(other.bins)
 
 
 class Ledger:
@@ -71,47 +89,46 @@ class Ledger:
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str, str, str], Row] = defaultdict(Row)
 
-    def note(self, operation: str, backend: str, dtype: torch.dtype, result: str, used: float, elements: int) -> None:
+    def note(self, operation: str, backend: str, dtype: torch.dtype, result: str, row: Row) -> None:
         """One result of one case that was checked."""
-        key = (operation, backend, str(dtype).removeprefix("torch."), result)
-        self.rows[key].add(used, elements)
+        self.rows[operation, backend, str(dtype).removeprefix("torch."), result].merge(row)
 
     def save(self, path: Path) -> None:
         """Everything noted, as JSON."""
-        rows = [
-            {"key": key, "cases": r.cases, "elements": r.elements, "largest": r.largest, "bins": dict(r.bins)}
-            for key, r in sorted(self.rows.items())
-        ]
+        rows = [{"key": key, **vars(row)} for key, row in sorted(self.rows.items())]
         path.write_text(json.dumps(rows, indent=0) + "\n")
 
     def load(self, path: Path) -> None:
         """Adds what another process has saved."""
         for saved in json.loads(path.read_text()):
-            row = self.rows[tuple(saved["key"])]
-            row.cases += saved["cases"]
-            row.elements += saved["elements"]
-            row.largest = max(row.largest, saved["largest"])
-            row.bins.update({int(number): count for number, count in saved["bins"].items()})
+            key = tuple(saved.pop("key"))
+            bins = Counter({int(number): count for number, count in saved.pop("bins").items()})
+            self.rows[key].merge(Row(**saved, bins=bins))
 
     def text(self, by_result: bool = True) -> str:
         """A table: for each operation, backend, type and result how often the worst element used how much."""
         merged: dict[tuple[str, ...], Row] = defaultdict(Row)
         for key, row in self.rows.items():
-            into = merged[key if by_result else (*key[:3], "all")]
-            into.cases += row.cases
-            into.elements += row.elements
-            into.largest = max(into.largest, row.largest)
-            into.bins.update(row.bins)
+            merged[key if by_result else (*key[:3], "all")].merge(row)
         heads = ["0", *(f"<{edge:.3g}" for edge in EDGES[1:])]
-        lines = [" ".join([f"{'operation':22}{'backend':10}{'type':9}{'result':18}{'checked':>9}{'elements':>11}"
-                           f"{'largest':>9} "] + [f"{head:>6}" for head in heads])]  # fmt: skip
+        names = f"{'operation':22}{'backend':10}{'type':9}{'result':18}{'checked':>9}{'elements':>11}"
+        names += f"{'unbound':>9}{'blind':>7}{'largest':>9}  "
+        lines = [names + " ".join(f"{head:>6}" for head in heads)]
         for (operation, backend, dtype, result), row in sorted(merged.items()):
             cells = [f"{row.bins.get(number, 0) / row.cases:6.0%}" for number in range(len(EDGES))]
             lines.append(
-                f"{operation:22}{backend:10}{dtype:9}{result:18}{row.cases:>9}{row.elements:>11}{row.largest:>9.1%}  "
+                f"{operation:22}{backend:10}{dtype:9}{result:18}{row.cases:>9}{row.elements:>11}"
+                f"{row.unbounded:>9}{row.blind:>7}{row.largest:>9.1%}  "
                 + " ".join(cell.replace("    0%", "     ·") for cell in cells)
             )
         return "\n".join(lines)
+
+    def left_open(self) -> dict[tuple[str, str], Row]:
+        """By operation and result, what the bounds have left open; only where they have."""
+        merged: dict[tuple[str, str], Row] = defaultdict(Row)
+        for (operation, _, _, result), row in sorted(self.rows.items()):
+            merged[operation, result].merge(row)
+        return {key: row for key, row in merged.items() if row.unbounded or row.blind}
 
 
 LEDGER = Ledger()  # of this process

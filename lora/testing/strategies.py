@@ -26,7 +26,7 @@ from lora.testing.block_cases import (
     RMSNormInput,
     RopeInput,
 )
-from lora.testing.cases import LAYOUTS, Layer, LinearInput, MLPInput, QKVInput
+from lora.testing.cases import LAYOUTS, Layer, LinearInput, MLPInput, QKVInput, norm_may_be_lost
 
 seeds = st.integers(0, 2**32)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -67,16 +67,28 @@ def subsets(names: Sequence[str], usually: Sequence[str] = ()) -> st.SearchStrat
 @st.composite
 def layers(draw: st.DrawFn, dtype: torch.dtype, out: st.SearchStrategy[int] = dims, dora: bool = True) -> Layer:
     """A projection with or without adapter, bias, DoRA and NF4; its adapters in the weight's type or in float32."""
-    half = dtype in (torch.bfloat16, torch.float16)
+    half, dora = dtype in (torch.bfloat16, torch.float16), dora and draw(st.booleans())
     return Layer(
         out_features=draw(out),
         rank=draw(ranks),
         bias=draw(st.booleans()),
-        dora=dora and draw(st.booleans()),
+        dora=dora,
         nf4=draw(st.booleans()),
+        nested=draw(st.booleans()),
+        zeros=draw(st.sampled_from([False, False, False, True])) and not (dora and dtype == torch.float16),
         scaling=draw(scalings),
         adapter_dtype=draw(st.sampled_from([None, torch.float32])) if half else None,
     )
+
+
+def at_least(size: int, dtype: torch.dtype, *layers: Layer) -> int:
+    """How many in_features: four for DoRA in half precision.
+
+    Of many rows w + s b a of fewer numbers some are nearly lost in the rounding of a and b: then the gain that makes up
+    for it may be anything, and beyond float16.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return max(size, 4) if half and any(layer.dora for layer in layers) else size
 
 
 def weights_of(names: Sequence[str]) -> list[str]:
@@ -95,17 +107,20 @@ def linear_inputs(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = dtyp
 
 def sized(draw: st.DrawFn, dtype: torch.dtype, dropout: Dropout | None, *layers: Layer) -> dict[str, Any]:
     """The fields that all operations on projections of one x share."""
-    x_size, dy_size = draw(sizes(dtype, dropout, *layers))
+    in_features = at_least(draw(dims), dtype, *layers)
+    lost = any(norm_may_be_lost(layer, in_features) for layer in layers)  # a gain may be as large as anything else
+    x_size, dy_size = (1.0, 1.0) if lost else draw(sizes(dtype, dropout, *layers))
     return {
         "seed": draw(seeds),
         "dtype": dtype,
         "shape": draw(shapes),
-        "in_features": draw(dims),
+        "in_features": in_features,
         "dropout": dropout,
         "layout": draw(layouts),
         "dy_layout": draw(layouts),
         "x_size": x_size,
         "dy_size": dy_size,
+        "special": draw(st.booleans()),
     }
 
 
@@ -122,9 +137,11 @@ def qkv_inputs(draw: st.DrawFn) -> QKVInput:
 def mlp_inputs(draw: st.DrawFn) -> MLPInput:
     """Any input of `lora_mlp`, x of ordinary size: activations are what they are between -30 and 30."""
     dtype, dropout = draw(dtypes), draw(dropouts)
+    if dtype == torch.float16 and dropout is not None:  # 1 / (1 - p) comes in twice
+        dropout = dropout._replace(p=min(dropout.p, 0.5))
     mild = layers(dtype).map(lambda layer: replace(layer, scaling=min(layer.scaling, 2.0)))
     three = [draw(mild) for _ in range(3)]
-    size = draw(dims)
+    size = at_least(draw(dims), dtype, three[2])
     three[:2] = [replace(layer, out_features=size) for layer in three[:2]]
     fields = sized(draw, dtype, dropout, *three) | {"x_size": 1.0, "dy_size": 1.0}
     return MLPInput(
@@ -139,14 +156,16 @@ def mlp_inputs(draw: st.DrawFn) -> MLPInput:
 @st.composite
 def embedding_inputs(draw: st.DrawFn) -> EmbeddingInput:
     """Any input of `lora_embedding`; a small vocabulary, so that ids repeat, or a large one, so that most do not."""
-    dtype, vocab = draw(dtypes), draw(st.sampled_from([1, 3, 11, 100]))
+    dtype = draw(dtypes)
+    layer = replace(draw(layers(dtype)), nf4=False, bias=False)
+    vocab = at_least(draw(st.sampled_from([1, 3, 11, 100])), dtype, layer)
     return EmbeddingInput(
         seed=draw(seeds),
         dtype=dtype,
         frozen=draw(subsets(EmbeddingInput.leaves, ["weight"])),
         shape=draw(shapes),
         vocab=vocab,
-        layer=replace(draw(layers(dtype)), nf4=False, bias=False),
+        layer=layer,
         padding_idx=draw(st.none() | st.integers(-vocab, vocab - 1)),
         table_layout=draw(st.sampled_from(LAYOUTS[:-1])),
         dy_layout=draw(layouts),
@@ -192,6 +211,7 @@ def norm_fields(draw: st.DrawFn, leaves: Sequence[str]) -> dict[str, Any]:
         "residual": draw(st.booleans()),
         "weight_dtype": draw(st.sampled_from([None, torch.float32])) if half else None,
         "x_size": draw(st.sampled_from([1.0, 1e-3, 30.0, 1e-6, 3e3])),
+        "special": draw(st.booleans()),
         "layout": draw(layouts),
         "dy_layout": draw(layouts),
     }
@@ -241,7 +261,7 @@ def loss_inputs(draw: st.DrawFn) -> LossInput:
         dtype=dtype,
         frozen=draw(subsets(LossInput.leaves, ["weight", "bias"])),
         shape=shape,
-        features=draw(st.integers(1, 40)),
+        features=at_least(draw(st.integers(1, 40)), dtype, layer),
         layer=replace(layer, scaling=min(layer.scaling, 2.0)),
         ignored=tuple(draw(st.sets(st.integers(0, tokens - 1), max_size=tokens - 1))),
         dropout=draw(dropouts),

@@ -1,4 +1,4 @@
-"""What the proofs share: how many examples, one run of a case, and the laws that hold for every operation on tokens.
+"""What the proofs share: how many examples, one run of a case, and the laws that hold for more than one operation.
 
 A law compares two runs that must agree: bit for bit where floating-point arithmetic makes it so (a factor of two is
 exact, the same work on the same bits is the same), else to the two runs' bounds.
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from lora.fast.runtime import interpreting
 from lora.projection import NF4Weight, Projection
+from lora.reference.dora import dora_gain
+from lora.reference.merge import merge_weight
+from lora.reference.nf4 import nf4_dequantize
 from lora.testing.cases import laid
 from lora.testing.proof import (
     BACKENDS,
@@ -219,3 +222,165 @@ def law_memory_layout_does_not_matter(run: Run, names: set[str], *, exact: bool 
             if exact:
                 assert_same_bits(found[name], value, f"{name} of {layout} arguments")
             assert_agree(found[name], value, run.bounds[name], f"{name} of {layout} arguments")
+
+
+# ---- laws of operations on adapted projections
+
+
+def part_of(name: str) -> str:
+    """What a result is the gradient of, without the projection that has it: "dq.lora_A" is lora_A's."""
+    return name.removeprefix("d").rsplit(".", 1)[-1]
+
+
+def adapters_of(run: Run) -> dict[str, Projection]:
+    """The arguments that are projections with an adapter."""
+    return {n: p for n, p in run.arguments.items() if isinstance(p, Projection) and p.lora_A is not None}
+
+
+def prefix_of(argument: str) -> str:
+    """What the results of this projection's parts begin with."""
+    return "d" if argument in ("projection", "head", "base") else f"d{argument}."
+
+
+def law_the_update_is_linear_in_scaling_and_in_lora_B(run: Run) -> None:
+    """Twice s and half of B is the same update, and so is twice A: every bit, of float32 numbers without DoRA."""
+    assert run.case.dtype == torch.float32 and all(p.magnitude is None for p in adapters_of(run).values())
+    halved = {
+        n: with_parts(p, lora_B=p.lora_B / 2)._replace(scaling=2 * p.scaling) for n, p in adapters_of(run).items()
+    }
+    doubled = {n: with_parts(p, lora_A=p.lora_A * 2, lora_B=p.lora_B / 2) for n, p in adapters_of(run).items()}
+    for changes, factors in ((halved, {"lora_B": 2}), (doubled, {"lora_A": 0.5, "lora_B": 2})):
+        found = run.results(fresh(run.arguments, **changes))
+        for name, value in run.found.items():
+            factor = 1 if name in run.case.outputs else factors.get(part_of(name), 1)
+            assert_same_bits(found[name], value * factor, name)
+
+
+def law_ranks_can_be_padded(run: Run) -> None:
+    """Zero rows of A and zero columns of B change nothing, and get a gradient of exactly zero."""
+    wide, ranks = {}, {}
+    for name, p in adapters_of(run).items():
+        A = torch.cat([p.lora_A.detach(), p.lora_A.detach().new_zeros(3, p.lora_A.shape[1])])
+        B = torch.cat([p.lora_B.detach(), p.lora_B.detach().new_zeros(p.lora_B.shape[0], 3)], 1)
+        wide[name], ranks[prefix_of(name)] = with_parts(p, lora_A=A, lora_B=B), len(p.lora_A)
+    found = run.results(fresh(run.arguments, **wide))
+    for prefix, r in ranks.items():
+        for name, dim in ((f"{prefix}lora_A", 0), (f"{prefix}lora_B", 1)):
+            if name in found:
+                assert not found[name].narrow(dim, r, 3).any(), name
+                found[name] = found[name].narrow(dim, 0, r)
+    for name, value in run.found.items():
+        assert_agree(found[name], value, run.bounds[name], name)
+
+
+def signed_permutation(r: int, seed: int) -> Tensor:
+    """An orthogonal matrix [r, r] with which every product is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    order, sign = torch.randperm(r, generator=generator), torch.randint(0, 2, (r,), generator=generator) * 2 - 1
+    Q = torch.zeros(r, r, dtype=torch.float64)
+    Q[torch.arange(r), order] = sign.double()
+    return Q
+
+
+def law_the_basis_of_the_rank_does_not_matter(run: Run, seed: int) -> None:
+    """A → QA, B → BQᵀ with a signed permutation Q: dA → Q dA, dB → dB Qᵀ, and everything else stays."""
+    turns: dict[str, Any] = {}
+    turned = {}
+    for name, p in adapters_of(run).items():
+        Q = signed_permutation(len(p.lora_A), seed)
+        turns[f"{prefix_of(name)}lora_A"] = lambda t, Q=Q: Q.to(t.device, t.dtype) @ t
+        turns[f"{prefix_of(name)}lora_B"] = lambda t, Q=Q: t @ Q.to(t.device, t.dtype).T
+        A, B = (turns[f"{prefix_of(name)}{part}"](getattr(p, part).detach()) for part in ("lora_A", "lora_B"))
+        turned[name] = with_parts(p, lora_A=A, lora_B=B)
+    found = run.results(fresh(run.arguments, **turned))
+    for name, value in run.found.items():
+        turn = turns.get(name, lambda t: t)
+        assert_agree(found[name], turn(value), turn(run.bounds[name]).abs(), name)
+
+
+def law_several_adapters_are_one(run: Run, argument: str, split: int) -> None:
+    """A's stacked and B's side by side: what is linear in this projection adds up, and each gets its own gradients.
+
+    Adapter 1 and adapter 2 less none is both; the gradients of A and B are those that each adapter gets alone.
+    """
+    p = run.arguments[argument]
+    parts = (slice(0, split), slice(split, len(p.lora_A)))
+    pieces = [with_parts(p, lora_A=p.lora_A.detach()[r], lora_B=p.lora_B.detach()[:, r]) for r in parts]
+    alone = [run.results(fresh(run.arguments, **{argument: piece})) for piece in pieces]
+    base = run.results(fresh(run.arguments, **{argument: p._replace(lora_A=None, lora_B=None, magnitude=None)}))
+    for name, value in run.found.items():
+        if name == f"{prefix_of(argument)}lora_A":
+            together = torch.cat([part[name] for part in alone]).double()
+        elif name == f"{prefix_of(argument)}lora_B":
+            together = torch.cat([part[name] for part in alone], 1).double()
+        else:
+            together = alone[0][name].double() + alone[1][name].double() - base[name].double()
+        assert_agree(together, value.double(), run.bounds[name] * 2, name)  # four runs, each within one
+
+
+def merged_projection(p: Projection, dtype: torch.dtype) -> tuple[Projection, Tensor]:
+    """The projection with its adapter merged into its weight, and how far one rounding of that may be: [out, in]."""
+    merged = merge_weight(Projection(*(part.detach() if isinstance(part, Tensor) else part for part in p)))
+    u = torch.finfo(p.weight.dtype).eps  # of NF4: of the type it decodes to
+    sizes = Projection(*(part.detach().double().abs() if isinstance(part, Tensor) else part for part in p))
+    if isinstance(p.weight, NF4Weight):
+        sizes = sizes._replace(weight=nf4_dequantize(p.weight, torch.float64).abs())
+    W = merge_weight(sizes._replace(magnitude=None, scaling=abs(p.scaling))).cpu()  # |W| + s |B||A|
+    gain = torch.ones(1) if p.magnitude is None else dora_gain(*p[0:1], *p[2:])
+    largest = gain.detach().double().cpu().clamp(min=1)[:, None]
+    error = 2 * u * W * largest + torch.finfo(p.weight.dtype).smallest_normal
+    return Projection(merged.to(dtype), p.bias), error
+
+
+def law_an_nf4_weight_is_the_dense_weight_it_decodes_to(run: Run, *, exact: bool = False) -> None:
+    """exact: in every bit, where both weights are multiplied in one way."""
+    quantised = {
+        n: p for n, p in run.arguments.items() if isinstance(p, Projection) and isinstance(p.weight, NF4Weight)
+    }
+    assert quantised
+    dense = {n: p._replace(weight=nf4_dequantize(p.weight, run.case.dtype)) for n, p in quantised.items()}
+    found = run.results(fresh(run.arguments, **dense))
+    for name, value in run.found.items():
+        if exact:
+            assert_same_bits(found[name], value, name)
+        assert_agree(found[name], value, run.bounds[name], name)
+
+
+def law_weights_that_lie_together_change_nothing(run: Run, apart: Run) -> None:
+    """Rows of one matrix, or several matrices: the same numbers; `run` has them together."""
+    for name, value in run.found.items():
+        assert_agree(value, apart.found[name], apart.bounds[name], name)
+
+
+def law_leading_dimensions_do_not_matter(run: Run, tokens: set[str]) -> None:
+    """[2, 3, ...] is six tokens: the same bits."""
+    given = {name: run.arguments[name] for name in tokens if run.arguments.get(name) is not None}
+    flat = {name: t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for name, t in given.items()}
+    dys = {name: dy.flatten(0, 1) if dy.dim() > 1 else dy for name, dy in run.dys.items()}
+    found = run.results(fresh(run.arguments, **flat), dys)
+    for name, value in run.found.items():
+        assert_same_bits(found[name].reshape(value.shape), value, name)
+
+
+def law_gradients_are_those_of_finite_differences(run: Run) -> None:
+    """Of every leaf that trains, in float64. DoRA's norm is a constant for the gradient, so its cases are others."""
+    wanted = {name: tensor for name, tensor in leaves(run.arguments) if tensor.requires_grad}
+    assert wanted and run.case.dtype == torch.float64
+
+    def function(*tensors: Tensor) -> Any:
+        return run.case.call(run.backend, with_leaves(run.arguments, dict(zip(wanted, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(function, tuple(wanted.values()))
+
+
+def with_leaves(arguments: Arguments, tensors: dict[str, Tensor]) -> Arguments:
+    """The arguments with other tensors in the places of these leaves."""
+    made: Arguments = {}
+    for name, value in arguments.items():
+        if isinstance(value, Projection):
+            prefix = prefix_of(name).removeprefix("d")
+            parts = {key: part for key, part in value._asdict().items() if isinstance(part, Tensor)}
+            made[name] = value._replace(**{key: tensors.get(prefix + key, part) for key, part in parts.items()})
+        else:
+            made[name] = tensors.get(name, value)
+    return made

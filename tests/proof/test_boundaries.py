@@ -26,10 +26,13 @@ by_type = pytest.mark.parametrize("dtype", TYPES)
 by_length = pytest.mark.parametrize("tokens", [1, LONG])
 WIDE = 2**31 + 2**12  # elements
 LAYER = Layer(17, 5, bias=True)
-large_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 30 * 2**30,
-    reason="needs a CUDA device with 30 GiB of memory, for tensors of more than 2**31 elements",
-)
+
+
+def large_gpu(what: str) -> pytest.MarkDecorator:
+    """Runs on a GPU that holds tensors of that many elements; elsewhere the summary names what was not run."""
+    fits = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 30 * 2**30
+    reason = f"{what} beyond 2**31 elements: not run, needs a CUDA device with 30 GiB of memory"
+    return pytest.mark.skipif(not fits, reason=reason)
 
 
 def cases(tokens: int, dtype: torch.dtype) -> list:
@@ -79,7 +82,7 @@ def wide(columns: int) -> torch.Tensor:
     return torch.randn(WIDE // columns + 1, columns, dtype=torch.bfloat16, device="cuda")
 
 
-@large_gpu
+@large_gpu("norms")
 def test_norms_beyond_two_to_the_31():
     x, weight = wide(4096), torch.randn(4096, dtype=torch.bfloat16, device="cuda")
     end = x[-3:].clone().requires_grad_()
@@ -90,7 +93,7 @@ def test_norms_beyond_two_to_the_31():
     assert_same_bits(found[-3:], dx, "dx")
 
 
-@large_gpu
+@large_gpu("the gated activation")
 def test_the_gated_activation_beyond_two_to_the_31():
     from lora.fast.mlp import gated_backward, gated_forward
 
@@ -103,7 +106,7 @@ def test_the_gated_activation_beyond_two_to_the_31():
         assert_same_bits(found[-3:].contiguous(), expected.contiguous(), "dg, dz")
 
 
-@large_gpu
+@large_gpu("rotary embedding")
 def test_rotary_embedding_beyond_two_to_the_31():
     q = wide(4096)[None].unflatten(-1, (32, 128)).transpose(1, 2)
     seq = q.shape[2]
@@ -114,7 +117,7 @@ def test_rotary_embedding_beyond_two_to_the_31():
     assert_same_bits(turned[:, :, -3:].contiguous(), expected.contiguous(), "q")
 
 
-@large_gpu
+@large_gpu("dropout")
 def test_dropout_beyond_two_to_the_31():
     from lora.fast.dropout import apply_dropout
 
@@ -126,7 +129,7 @@ def test_dropout_beyond_two_to_the_31():
     assert_same_bits(found, expected, "D(x)")
 
 
-@large_gpu
+@large_gpu("NF4")
 def test_nf4_beyond_two_to_the_31():
     rows = WIDE // 4096 + 1
     part = torch.randn(8, 4096, device="cuda").bfloat16()
@@ -138,7 +141,7 @@ def test_nf4_beyond_two_to_the_31():
     assert_same_bits(fast.nf4_dequantize(many)[-8:], fast.nf4_dequantize(quantised), "the last rows")
 
 
-@large_gpu
+@large_gpu("the loss")
 def test_the_loss_beyond_two_to_the_31():
     from lora.fast.kernels.cross_entropy import cross_entropy_
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,10 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.reference.linear import lora_linear, lora_linear_backward
-from lora.testing import Ledger, LinearCase, LinearInput, assert_equivalent, assert_within, in_float64, linear_bounds
+from lora.testing import (
+    Ledger,
+    LinearCase,
+    LinearInput,
+    Row,
+    assert_equivalent,
+    assert_within,
+    in_float64,
+    linear_bounds,
+)
 from lora.testing.bounded import Bounded, add_up, exact, unit_roundoff
 from lora.testing.cases import Layer
-from lora.testing.proof import changed
+from lora.testing.explore import Exploration
+from lora.testing.proof import assert_as_near, changed
+from lora.testing.report import without_bound
 from proof.laws import examples
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -189,12 +201,80 @@ def test_the_smaller_of_worst_case_and_deviations_is_taken():
     assert float(many.bound()) == pytest.approx(6 * math.sqrt(float(many.variance)))
 
 
+def one_case(used: float, bound: float = 1.0) -> Row:
+    return Row.of(used, torch.full((10,), 3.0), torch.full((10,), bound), torch.float32)
+
+
 def test_the_ledger_counts_and_adds_up(tmp_path):
     first, second = Ledger(), Ledger()
-    first.note("lora_linear", "fast", torch.float32, "h", 0.5, 10)
-    second.note("lora_linear", "fast", torch.float32, "h", 0.02, 10)
+    first.note("lora_linear", "fast", torch.float32, "h", one_case(0.5))
+    second.note("lora_linear", "fast", torch.float32, "h", one_case(0.02))
     second.save(tmp_path / "second.json")
     first.load(tmp_path / "second.json")
     (row,) = first.rows.values()
-    assert (row.cases, row.elements, row.largest) == (2, 20, 0.5)
+    assert (row.cases, row.elements, row.largest, row.unbounded, row.blind) == (2, 20, 0.5, 0, 0)
     assert "50.0%" in first.text() and "lora_linear" in first.text(by_result=False)
+    assert not first.left_open()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_compared_with_nothing_is_counted(tmp_path, dtype):
+    """Infinite bounds, NaN, and those that no finite number of the type is outside of; through a file too."""
+    largest = torch.finfo(dtype).max
+    bound = torch.tensor([math.inf, math.nan, largest, largest * 0.99, 1.0], dtype=torch.float64)
+    truth = torch.ones(5, dtype=torch.float64)
+    assert without_bound(bound, dtype).tolist() == [True, True, True, False, False]
+    ledger, again = Ledger(), Ledger()
+    ledger.note("lora_linear", "fast", dtype, "h", Row.of(0.5, truth, bound, dtype))
+    ledger.note("lora_linear", "fast", dtype, "dx", Row.of(0.5, truth, truth * 0.9, dtype))
+    ledger.save(tmp_path / "ledger.json")
+    again.load(tmp_path / "ledger.json")
+    assert {key: row.unbounded for key, row in again.left_open().items()} == {("lora_linear", "h"): 3}
+    page = Exploration(again).tables()
+    assert "**Compared with nothing**: 3 numbers" in page and "| `lora_linear` | h | 5 | 3 | 1 |" in page
+
+
+def test_results_that_zeros_would_have_passed_for_are_counted():
+    small, bound = torch.tensor([0.5, -1.0]), torch.ones(2)
+    assert Row.of(0.5, small, bound, torch.float32).blind == 1
+    assert Row.of(0.5, torch.tensor([0.5, -1.5]), bound, torch.float32).blind == 0
+    assert Row.of(0.0, torch.zeros(2), bound, torch.float32).blind == 0  # there zeros are the result
+
+
+class Boundless(LinearInput):
+    """A bound that has nothing to say of dx."""
+
+    elements: ClassVar[slice] = slice(None)
+
+    def bounds(self, arguments, dys):
+        right = super().bounds(arguments, dys)
+        dx = right["dx"]
+        worst, variance = dx.worst.clone(), dx.variance.clone()
+        worst.flatten()[self.elements], variance.flatten()[self.elements] = math.inf, math.inf
+        return right | {"dx": Bounded(dx.value, worst, variance, dx.dtype)}
+
+
+class AllButOne(Boundless):
+    elements = slice(1, None)
+
+
+class Admitted(Boundless):
+    @property
+    def boundless(self):
+        return True
+
+
+def test_a_result_of_which_nothing_is_compared_is_refused():
+    with pytest.raises(AssertionError, match="all 80 elements of dx were compared with nothing"):
+        assert_equivalent(Boundless())
+    assert_equivalent(AllButOne())
+    assert_equivalent(Admitted())
+
+
+def test_elements_without_a_bound_do_not_hide_the_others_from_the_second_criterion():
+    """One infinite deviation is not the allowance of a whole result."""
+    exact, spread = torch.ones(3, dtype=torch.float64), torch.tensor([1e-8, math.inf, math.nan], dtype=torch.float64)
+    compared = torch.tensor([True, False, False])
+    assert_as_near("dx", torch.tensor([1.0, 7.0, 7.0]), torch.ones(3), exact, spread, compared)
+    with pytest.raises(AssertionError, match="dx from fast is wrong by"):
+        assert_as_near("dx", torch.tensor([1.01, 7.0, 7.0]), torch.ones(3), exact, spread, compared)

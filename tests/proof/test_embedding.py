@@ -23,13 +23,20 @@ from proof.laws import (
     law_a_batch_is_its_parts,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
     law_gradients_are_linear_in_dy,
+    law_gradients_are_those_of_finite_differences,
+    law_ranks_can_be_padded,
+    law_several_adapters_are_one,
+    law_silent_tokens_teach_nothing,
+    law_the_basis_of_the_rank_does_not_matter,
+    law_the_update_is_linear_in_scaling_and_in_lora_B,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
-    with_parts,
+    merged_projection,
 )
 
 tidy = embedding_inputs().map(lambda case: changed(case, table_layout="contiguous", dy_layout="contiguous"))
 adapted = tidy.map(lambda case: changed(case, layer=replace(case.layer, rank=max(case.layer.rank, 1))))
+plain_lora = adapted.map(lambda case: changed(case, layer=replace(case.layer, dora=False)))
 rows_of_ids = tidy.map(lambda case: changed(case, shape=(7,)))
 
 
@@ -65,6 +72,14 @@ def test_gradients_are_linear_in_dy(device, backend, case):
 @given(case=rows_of_ids, seed=st.integers(0, 99))
 def test_tokens_do_not_see_each_other(device, backend, case, seed):
     law_tokens_do_not_see_each_other(Run(case, backend, device), {"ids"}, seed)
+
+
+@both
+@examples(10)
+@given(case=rows_of_ids)
+def test_silent_tokens_teach_nothing(device, backend, case):
+    run = Run(case, backend, device)
+    law_silent_tokens_teach_nothing(run, {"ids"})
 
 
 @both
@@ -125,12 +140,41 @@ def test_the_padding_id_only_loses_its_gradient(device, backend, case):
 def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
     layer = replace(case.layer, dora=False, adapter_dtype=None)
     run = Run(changed(case, dtype=torch.float32, layer=layer), backend, device)
+    law_the_update_is_linear_in_scaling_and_in_lora_B(run)
+
+
+@both
+@examples(10)
+@given(case=plain_lora)
+def test_ranks_can_be_padded(device, backend, case):
+    law_ranks_can_be_padded(Run(case, backend, device))
+
+
+@both
+@examples(10)
+@given(case=plain_lora, seed=st.integers(0, 99))
+def test_the_basis_of_the_rank_does_not_matter(device, backend, case, seed):
+    law_the_basis_of_the_rank_does_not_matter(Run(case, backend, device), seed)
+
+
+@both
+@examples(10)
+@given(case=plain_lora, split=st.integers(1, 8))
+def test_several_adapters_are_one(device, backend, case, split):
+    run = Run(changed(case, layer=replace(case.layer, rank=9)), backend, device)
+    law_several_adapters_are_one(run, "projection", split)
+
+
+@both
+@examples(10)
+@given(case=adapted)
+def test_merged_is_adapted(device, backend, case):
+    """Rows of the merged table, within the bound and the one rounding of the table."""
+    run = Run(case, backend, device)
     p = run.arguments["projection"]
-    found = run.results(
-        fresh(run.arguments, projection=with_parts(p, lora_B=p.lora_B / 2)._replace(scaling=2 * p.scaling))
-    )
-    for name, value in run.found.items():
-        assert_same_bits(found[name], value * (2 if name == "dlora_B" else 1), name)
+    merged, error = merged_projection(p._replace(weight=p.weight.T), case.dtype)
+    ids = run.arguments["ids"]
+    assert_agree(merged.weight.T[ids], run.found["h"], run.bounds["h"] + error.T[ids.cpu()], "h")
 
 
 @both
@@ -168,10 +212,5 @@ def test_without_an_adapter_rows_are_the_tables_own_bits(device, backend, case):
 
 @both
 def test_gradients_are_those_of_finite_differences(device, backend):
-    run = Run(EmbeddingInput(dtype=torch.float64, layer=Layer(4, 2), vocab=5), backend, device)
-    p = run.arguments["projection"]
-
-    def function(W, A, B):
-        return run.case.call(run.backend, run.arguments | {"projection": p._replace(weight=W, lora_A=A, lora_B=B)})
-
-    assert torch.autograd.gradcheck(function, (p.weight, p.lora_A, p.lora_B))
+    case = EmbeddingInput(dtype=torch.float64, layer=Layer(4, 2), vocab=5)
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))

@@ -13,31 +13,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.projection import Dropout, Projection
-from lora.reference.dora import dora_gain, dora_norm
+from lora.reference.dora import dora_norm
 from lora.reference.dropout import apply_dropout
-from lora.reference.merge import merge_weight
-from lora.reference.nf4 import nf4_dequantize
 from lora.testing.cases import Layer, LinearInput
 from lora.testing.proof import assert_equivalent, changed
 from lora.testing.strategies import linear_inputs
 from proof.laws import (
     Run,
     assert_agree,
-    assert_same_bits,
     both,
     examples,
     fresh,
     law_a_batch_is_its_parts,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to,
     law_gradients_are_linear_in_dy,
+    law_gradients_are_those_of_finite_differences,
+    law_leading_dimensions_do_not_matter,
     law_memory_layout_does_not_matter,
+    law_ranks_can_be_padded,
+    law_several_adapters_are_one,
     law_silent_tokens_teach_nothing,
+    law_the_basis_of_the_rank_does_not_matter,
+    law_the_update_is_linear_in_scaling_and_in_lora_B,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
+    merged_projection,
     with_parts,
 )
 
-ordinary = linear_inputs().map(lambda case: changed(case, x_size=1.0, dy_size=1.0))
+ordinary = linear_inputs().map(lambda case: changed(case, x_size=1.0, dy_size=1.0, special=False))
 adapted = ordinary.map(lambda case: changed(case, layer=replace(case.layer, rank=max(case.layer.rank, 1))))
 plain_lora = adapted.map(lambda case: changed(case, layer=replace(case.layer, dora=False)))
 
@@ -77,18 +82,8 @@ def test_gradients_are_linear_in_dy(device, backend, case):
 @examples(20)
 @given(case=plain_lora)
 def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
-    """Twice s and half of B is the same update, bit for bit; so is twice A. Above the subnormals of float16."""
     case = changed(case, dtype=torch.float32, layer=replace(case.layer, adapter_dtype=None))
-    run = Run(case, backend, device)
-    p = run.arguments["projection"]
-    halved = with_parts(p, lora_B=p.lora_B / 2)._replace(scaling=2 * p.scaling)
-    found = run.results(fresh(run.arguments, projection=halved))
-    doubled = run.results(
-        fresh(run.arguments, projection=with_parts(halved, lora_A=p.lora_A * 2)._replace(scaling=p.scaling))
-    )
-    for name, value in run.found.items():
-        assert_same_bits(found[name], value * (2 if name == "dlora_B" else 1), name)
-        assert_same_bits(doubled[name], value * {"dlora_A": 0.5, "dlora_B": 2}.get(name, 1), name)
+    law_the_update_is_linear_in_scaling_and_in_lora_B(Run(case, backend, device))
 
 
 @both
@@ -118,14 +113,8 @@ def test_memory_layout_does_not_matter(device, backend, case):
 @examples(15)
 @given(case=ordinary)
 def test_leading_dimensions_do_not_matter(device, backend, case):
-    """[2, 3, in] is six tokens: the same bits."""
-    run = Run(changed(case, shape=(2, 3), layout="contiguous", dy_layout="contiguous"), backend, device)
-    flat = fresh(
-        run.arguments, x=run.arguments["x"].detach().reshape(6, -1).requires_grad_(run.arguments["x"].requires_grad)
-    )
-    found = run.results(flat, {"h": run.dys["h"].reshape(6, -1)})
-    for name, value in run.found.items():
-        assert_same_bits(found[name].reshape(value.shape), value, name)
+    case = changed(case, shape=(2, 3), layout="contiguous", dy_layout="contiguous")
+    law_leading_dimensions_do_not_matter(Run(case, backend, device), {"x"})
 
 
 @both
@@ -133,18 +122,9 @@ def test_leading_dimensions_do_not_matter(device, backend, case):
 @given(case=plain_lora)
 def test_an_nf4_weight_is_the_dense_weight_it_decodes_to(device, backend, case):
     """In every bit for fast, which multiplies both alike; autograd multiplies a dense weight in another order."""
-    run = Run(
-        changed(case, layout="contiguous", dy_layout="contiguous", layer=replace(case.layer, nf4=True, bias=False)),
-        backend,
-        device,
-    )
-    p = run.arguments["projection"]
-    dense = nf4_dequantize(p.weight, case.dtype)
-    found = run.results(fresh(run.arguments, projection=p._replace(weight=dense)))
-    for name, value in run.found.items():
-        if backend == "fast":
-            assert_same_bits(found[name], value, name)
-        assert_agree(found[name], value, run.bounds[name], name)
+    layer = replace(case.layer, nf4=True, bias=False)
+    run = Run(changed(case, layout="contiguous", dy_layout="contiguous", layer=layer), backend, device)
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to(run, exact=backend == "fast")
 
 
 @both
@@ -189,66 +169,22 @@ def test_silent_tokens_teach_nothing(device, backend, case):
 @examples(20)
 @given(case=plain_lora)
 def test_ranks_can_be_padded(device, backend, case):
-    """Zero rows of A and zero columns of B change nothing, and get a gradient of exactly zero."""
-    run = Run(case, backend, device)
-    p = run.arguments["projection"]
-    A = torch.cat([p.lora_A.detach(), p.lora_A.detach().new_zeros(3, p.lora_A.shape[1])])
-    B = torch.cat([p.lora_B.detach(), p.lora_B.detach().new_zeros(p.lora_B.shape[0], 3)], 1)
-    found = run.results(fresh(run.arguments, projection=with_parts(p, lora_A=A, lora_B=B)))
-    r = len(p.lora_A)
-    for name, value in run.found.items():
-        kept = {"dlora_A": found[name][:r], "dlora_B": found[name][:, :r]} if name.startswith("dlora") else {}
-        assert_agree(kept.get(name, found[name]), value, run.bounds[name], name)
-    assert "dlora_A" not in found or not found["dlora_A"][r:].any()
-    assert "dlora_B" not in found or not found["dlora_B"][:, r:].any()
+    law_ranks_can_be_padded(Run(case, backend, device))
 
 
 @both
 @examples(20)
 @given(case=plain_lora, seed=st.integers(0, 99))
 def test_the_basis_of_the_rank_does_not_matter(device, backend, case, seed):
-    """A → QA, B → BQᵀ. Exactly representable with a signed permutation Q: dA → Q dA, dB → dB Qᵀ, and h, dx stay."""
-    run = Run(case, backend, device)
-    p = run.arguments["projection"]
-    generator = torch.Generator().manual_seed(seed)
-    r = len(p.lora_A)
-    order, sign = torch.randperm(r, generator=generator), torch.randint(0, 2, (r,), generator=generator) * 2 - 1
-    Q = torch.zeros(r, r, dtype=torch.float64)
-    Q[torch.arange(r), order] = sign.double()
-
-    def turn(name, t):
-        Qt = Q.to(t.dtype).to(t.device)
-        return Qt @ t if name.endswith("lora_A") else t @ Qt.T if name.endswith("lora_B") else t
-
-    turned = with_parts(p, lora_A=turn("lora_A", p.lora_A.detach()), lora_B=turn("lora_B", p.lora_B.detach()))
-    found = run.results(fresh(run.arguments, projection=turned))
-    for name, value in run.found.items():
-        bound = turn(name, run.bounds[name]).abs()
-        assert_agree(found[name], turn(name, value), bound, name)
+    law_the_basis_of_the_rank_does_not_matter(Run(case, backend, device), seed)
 
 
 @both
 @examples(20)
 @given(case=plain_lora, split=st.integers(1, 8))
 def test_several_adapters_are_one(device, backend, case, split):
-    """The A's stacked and the B's side by side: the updates add, and each gets the gradients it gets alone."""
     run = Run(changed(case, layer=replace(case.layer, rank=9)), backend, device)
-    p = run.arguments["projection"]
-    ranks = (slice(0, split), slice(split, 9))
-    pieces = [with_parts(p, lora_A=p.lora_A.detach()[r], lora_B=p.lora_B.detach()[:, r]) for r in ranks]
-    alone = [run.results(fresh(run.arguments, projection=piece)) for piece in pieces]
-    base = run.results(fresh(run.arguments, projection=Projection(p.weight, p.bias)))
-    for name, value in run.found.items():
-        if name == "dlora_A":
-            together = torch.cat([part[name] for part in alone])
-        elif name == "dlora_B":
-            together = torch.cat([part[name] for part in alone], 1)
-        elif name in ("h", "dx"):
-            together = alone[0][name].double() + alone[1][name].double() - base[name].double()
-        else:
-            together = value
-        room = run.bounds[name] * 2  # four runs, each within one
-        assert_agree(together.double(), value.double(), room, name)
+    law_several_adapters_are_one(run, "projection", split)
 
 
 @both
@@ -257,20 +193,9 @@ def test_several_adapters_are_one(device, backend, case, split):
 def test_merged_is_adapted(device, backend, case):
     """x W'ᵀ + b with W' = merge_weight, within both bounds and the one rounding of W'."""
     run = Run(changed(case, dropout=None), backend, device)
-    p = run.arguments["projection"]
-    merged = merge_weight(Projection(*(part.detach() if isinstance(part, torch.Tensor) else part for part in p)))
-    found = run.results(fresh(run.arguments, projection=Projection(merged.to(case.dtype), p.bias)))
-    u = torch.finfo(p.weight.dtype).eps  # of NF4: of the type it decodes to
+    merged, error = merged_projection(run.arguments["projection"], case.dtype)
+    found = run.results(fresh(run.arguments, projection=merged))
     x, dy = (t.detach().double().cpu().abs() for t in (run.arguments["x"], run.dys["h"]))
-    wide = Projection(*(part.detach().double().abs() if isinstance(part, torch.Tensor) else part for part in p))
-    absolute = (
-        wide
-        if isinstance(wide.weight, torch.Tensor)
-        else wide._replace(weight=nf4_dequantize(p.weight, torch.float64).abs())
-    )
-    W = merge_weight(absolute._replace(magnitude=None, scaling=abs(p.scaling))).cpu()  # |W| + s |B||A|
-    gain = torch.ones(1) if p.magnitude is None else dora_gain(*p[0:1], *p[2:])
-    error = 2 * u * W * gain.detach().double().cpu().clamp(min=1)[:, None] + torch.finfo(p.weight.dtype).smallest_normal
     sizes = {"h": x @ error.T, "dx": dy @ error}
     for name in {"h", "dx"} & run.found.keys():
         assert_agree(found[name], run.found[name], run.bounds[name] + sizes[name], name)
@@ -301,7 +226,7 @@ def test_dropout_is_the_adapter_on_the_dropped_input(device, backend, case):
 @given(case=adapted)
 def test_dora_with_the_norm_for_magnitude_is_lora(device, backend, case):
     """g = 1: the row's own length changes nothing."""
-    run = Run(changed(case, layer=replace(case.layer, dora=True)), backend, device)
+    run = Run(changed(case, layer=replace(case.layer, dora=True, zeros=False)), backend, device)
     p = run.arguments["projection"]
     norm = dora_norm(p.weight, p.lora_A.to(case.dtype), p.lora_B.to(case.dtype), p.scaling)
     lora = run.results(fresh(run.arguments, projection=p._replace(magnitude=None)))
@@ -317,14 +242,5 @@ def test_dora_with_the_norm_for_magnitude_is_lora(device, backend, case):
 @both
 def test_gradients_are_those_of_finite_differences(device, backend, dropout, nf4):
     layer = Layer(6, 3, bias=True, nf4=nf4, scaling=1.5)
-    run = Run(
-        LinearInput(dtype=torch.float64, shape=(4,), in_features=5, dropout=dropout, layer=layer), backend, device
-    )
-    x, p = run.arguments["x"], run.arguments["projection"]
-
-    def function(x, A, B, b):
-        return run.case.call(
-            run.backend, run.arguments | {"x": x, "projection": p._replace(lora_A=A, lora_B=B, bias=b)}
-        )
-
-    assert torch.autograd.gradcheck(function, (x, p.lora_A, p.lora_B, p.bias))
+    case = LinearInput(dtype=torch.float64, shape=(4,), in_features=5, dropout=dropout, layer=layer)
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))

@@ -25,12 +25,27 @@ from proof.laws import (
     examples,
     fresh,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to,
+    law_gradients_are_those_of_finite_differences,
+    law_leading_dimensions_do_not_matter,
+    law_memory_layout_does_not_matter,
+    law_ranks_can_be_padded,
+    law_silent_tokens_teach_nothing,
+    law_the_basis_of_the_rank_does_not_matter,
+    law_the_update_is_linear_in_scaling_and_in_lora_B,
+    law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
+    merged_projection,
     with_parts,
 )
 
 tidy = loss_inputs().map(lambda case: changed(case, layout="contiguous", dropout=None))
 plain_head = tidy.map(lambda case: changed(case, layer=replace(case.layer, nf4=False), num_items=None))
+plain_lora = plain_head.map(
+    lambda case: changed(case, layer=replace(case.layer, dora=False, rank=max(case.layer.rank, 1)))
+)
+each_token = tidy.map(lambda case: changed(case, shape=(6,), reduction="none", num_items=None, ignored=(2,)))
+TOKENS = {"hidden", "labels"}
 
 
 @pytest.fixture(autouse=True, params=[3, 1000], ids=["chunks of 3 tokens", "one chunk"])
@@ -201,19 +216,100 @@ def test_a_bare_weight_is_a_head_without_an_adapter(device, backend, case):
     assert_all_same_bits({"loss": bare.detach()}, {"loss": head.detach()})
 
 
+FOUND = [  # by `make explore`
+    LossInput(dtype=torch.float64, features=1, layer=Layer(5003, 2), reduction="sum", label_smoothing=0.1),
+    LossInput(dtype=torch.bfloat16, features=1, layer=Layer(2049, 1, scaling=-1.5), reduction="none",
+              label_smoothing=1.0),
+    LossInput(dtype=torch.bfloat16, features=1, layer=Layer(257, 2, bias=True, dora=True), reduction="sum",
+              label_smoothing=1.0, shape=(2, 4), seed=109),
+    LossInput(dtype=torch.float16, features=1, layer=Layer(2049, 16), reduction="sum", shape=(2, 4), seed=2319405),
+    LossInput(dtype=torch.float16, features=35, layer=Layer(5003, 6, bias=True, nf4=True), shape=(2, 4), num_items=17,
+              logit_scale=0.5, layout="strided", seed=2232),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", FOUND, ids=["equal numbers", "a row's own error", "a lost norm", "near zero", "all rounded to zero"]
+)
+def test_few_features_and_many_classes(device, case):
+    """The errors of a row's logits are one error, or nearly, or no small ones: the bound knows."""
+    assert_equivalent(changed(case, frozen=frozenset({"weight", "bias"})), device)
+
+
+@both
+@examples(6)
+@given(case=plain_lora)
+def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+    case = changed(case, dtype=torch.float32, layer=replace(case.layer, adapter_dtype=None))
+    law_the_update_is_linear_in_scaling_and_in_lora_B(Run(case, backend, device))
+
+
+@both
+@examples(6)
+@given(case=plain_lora)
+def test_ranks_can_be_padded(device, backend, case):
+    law_ranks_can_be_padded(Run(case, backend, device))
+
+
+@both
+@examples(6)
+@given(case=plain_lora, seed=st.integers(0, 99))
+def test_the_basis_of_the_rank_does_not_matter(device, backend, case, seed):
+    law_the_basis_of_the_rank_does_not_matter(Run(case, backend, device), seed)
+
+
+@both
+@examples(6)
+@given(case=each_token, seed=st.integers(0, 99))
+def test_tokens_do_not_see_each_other(device, backend, case, seed):
+    law_tokens_do_not_see_each_other(Run(case, backend, device), TOKENS, seed)
+
+
+@both
+@examples(6)
+@given(case=each_token)
+def test_silent_tokens_teach_nothing(device, backend, case):
+    law_silent_tokens_teach_nothing(Run(case, backend, device), TOKENS)
+
+
+@both
+@examples(6)
+@given(case=tidy)
+def test_leading_dimensions_do_not_matter(device, backend, case):
+    law_leading_dimensions_do_not_matter(Run(changed(case, shape=(2, 3), ignored=(1,)), backend, device), TOKENS)
+
+
+@both
+@examples(6)
+@given(case=tidy)
+def test_memory_layout_does_not_matter(device, backend, case):
+    law_memory_layout_does_not_matter(Run(case, backend, device), {"hidden"})
+
+
+@both
+@examples(6)
+@given(case=tidy)
+def test_an_nf4_head_is_the_dense_weight_it_decodes_to(device, backend, case):
+    run = Run(changed(case, layer=replace(case.layer, nf4=True)), backend, device)
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to(run)
+
+
+@both
+@examples(6)
+@given(case=each_token.map(lambda case: changed(case, layer=replace(case.layer, rank=max(case.layer.rank, 1)))))
+def test_merged_is_adapted(device, backend, case):
+    """Logits that move by at most e move a loss by at most 2e: log-sum-exp by e, the targets' mean by e."""
+    run = Run(case, backend, device)
+    merged, error = merged_projection(run.arguments["head"], case.dtype)
+    with torch.no_grad():
+        found = run.case.call(run.backend, run.arguments | {"head": merged})
+    moved = (run.arguments["hidden"].detach().double().cpu().abs() @ error.T).amax(-1) * case.logit_scale
+    assert_agree(found, run.found["loss"], run.bounds["loss"] + 2 * moved, "loss")
+
+
 @both
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.5}, {"label_smoothing": 0.3},
                                      {"reduction": "none"}], ids=str)  # fmt: skip
 def test_gradients_are_those_of_finite_differences(device, backend, options):
-    run = Run(
-        LossInput(dtype=torch.float64, features=4, layer=Layer(6, 2, bias=True), ignored=(1,), **options),
-        backend,
-        device,
-    )
-    a, p = run.arguments, run.arguments["head"]
-
-    def function(hidden, W, b, A, B):
-        head = p._replace(weight=W, bias=b, lora_A=A, lora_B=B)
-        return run.case.call(run.backend, a | {"hidden": hidden, "head": head})
-
-    assert torch.autograd.gradcheck(function, (a["hidden"], p.weight, p.bias, p.lora_A, p.lora_B))
+    case = LossInput(dtype=torch.float64, features=4, layer=Layer(6, 2, bias=True), ignored=(1,), **options)
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))

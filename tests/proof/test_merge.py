@@ -13,7 +13,14 @@ import lora
 from lora.reference.nf4 import nf4_dequantize
 from lora.testing.proof import BACKENDS, assert_equivalent, build, changed
 from lora.testing.strategies import merge_inputs
-from proof.laws import assert_agree, assert_same_bits, both, examples, with_parts
+from proof.laws import (
+    assert_agree,
+    assert_same_bits,
+    both,
+    examples,
+    signed_permutation,
+    with_parts,
+)
 
 cases = merge_inputs()
 plain = cases.map(lambda case: changed(case, layer=replace(case.layer, dora=False, nf4=False)))
@@ -98,6 +105,33 @@ def test_two_adapters_merge_as_their_concatenation(device, backend, case):
         + abs(p.scaling) * p.lora_B.detach().double().abs() @ p.lora_A.detach().double().abs()
     )
     assert_agree(both_, merged(backend, case, device), b.bound() + torch.finfo(torch.float32).eps * sizes.cpu(), "W'")
+
+
+@both
+@examples(20)
+@given(case=cases)
+def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+    """Twice s and half of B, or twice A, is the same update: every bit, DoRA and NF4 included."""
+    p = build(changed(case, dtype=torch.float32), device)["projection"]
+    p = with_parts(p, lora_A=p.lora_A.float(), lora_B=p.lora_B.float())
+    halved = with_parts(p, lora_B=p.lora_B / 2)
+    expected = merged(backend, case, device, p)
+    assert_same_bits(merged(backend, case, device, halved._replace(scaling=2 * p.scaling)), expected)
+    assert_same_bits(merged(backend, case, device, with_parts(halved, lora_A=p.lora_A * 2)), expected)
+
+
+@both
+@examples(20)
+@given(case=cases, seed=st.integers(0, 99))
+def test_the_basis_and_the_number_of_ranks_do_not_matter(device, backend, case, seed):
+    """A → QA, B → BQᵀ with a signed permutation Q, and three ranks of zeros more: the same weight, to the bound."""
+    p = build(case, device)["projection"]
+    Q = signed_permutation(len(p.lora_A), seed).to(device)
+    A, B = Q.to(p.lora_A.dtype) @ p.lora_A.detach(), p.lora_B.detach() @ Q.T.to(p.lora_B.dtype)
+    wide_A, wide_B = torch.cat([A, A.new_zeros(3, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), 3)], 1)
+    bound = bound_of(case).bound()
+    for parts in ({"lora_A": A, "lora_B": B}, {"lora_A": wide_A, "lora_B": wide_B}):
+        assert_agree(merged(backend, case, device, with_parts(p, **parts)), merged(backend, case, device), bound, "W'")
 
 
 @both

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora.projection import Dropout
 from lora.reference.mlp import activate, hidden_dropout
 from lora.testing.cases import Layer, MLPInput
-from lora.testing.proof import BACKENDS, assert_equivalent, changed
+from lora.testing.proof import BACKENDS, assert_equivalent, changed, mapped, on_cpu, widened
 from lora.testing.strategies import mlp_inputs
 from proof.laws import (
     Run,
@@ -24,15 +24,24 @@ from proof.laws import (
     fresh,
     law_a_batch_is_its_parts,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to,
     law_gradients_are_linear_in_dy,
+    law_gradients_are_those_of_finite_differences,
+    law_leading_dimensions_do_not_matter,
     law_memory_layout_does_not_matter,
+    law_ranks_can_be_padded,
+    law_several_adapters_are_one,
     law_silent_tokens_teach_nothing,
+    law_the_basis_of_the_rank_does_not_matter,
+    law_the_update_is_linear_in_scaling_and_in_lora_B,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
+    law_weights_that_lie_together_change_nothing,
+    merged_projection,
     with_parts,
 )
 
-tidy = mlp_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
+tidy = mlp_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous", special=False))
 rows_of_x = tidy.map(lambda case: changed(case, shape=(6,), dropout=None))
 
 
@@ -40,6 +49,14 @@ def plain_down(case: MLPInput) -> MLPInput:
     """down without bias and DoRA, in float32: y is linear in the hidden, bit for bit under factors of two."""
     gate, up, down = (replace(layer, bias=False, dora=False, adapter_dtype=None) for layer in case.layers)
     return changed(case, layers=(gate, up, down), dtype=torch.float32)
+
+
+def with_adapters(case: MLPInput) -> MLPInput:
+    """Each of the three with an adapter, none with DoRA."""
+    return changed(case, layers=tuple(replace(layer, rank=max(layer.rank, 1), dora=False) for layer in case.layers))
+
+
+plain_lora = tidy.map(with_adapters)
 
 
 @examples(80)
@@ -147,19 +164,70 @@ def test_nothing_in_gives_nothing_out(device, backend, case):
 @given(case=tidy)
 def test_weights_that_lie_together_change_nothing(device, backend, case):
     together, apart = (Run(changed(case, stacked=stacked), backend, device) for stacked in (True, False))
-    for name, value in together.found.items():
-        assert_agree(value, apart.found[name], apart.bounds[name], name)
+    law_weights_that_lie_together_change_nothing(together, apart)
+
+
+@both
+@examples(8)
+@given(case=plain_lora.map(plain_down))
+def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+    """Of gate, up and down at once: the same three products."""
+    law_the_update_is_linear_in_scaling_and_in_lora_B(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=plain_lora)
+def test_ranks_can_be_padded(device, backend, case):
+    law_ranks_can_be_padded(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=plain_lora, seed=st.integers(0, 99))
+def test_the_basis_of_the_rank_does_not_matter(device, backend, case, seed):
+    law_the_basis_of_the_rank_does_not_matter(Run(case, backend, device), seed)
+
+
+@both
+@examples(8)
+@given(case=plain_lora, split=st.integers(1, 8))
+def test_several_adapters_of_down_are_one(device, backend, case, split):
+    """Everything is linear in down: the output, and what comes back through it."""
+    gate, up, down = case.layers
+    run = Run(changed(case, layers=(gate, up, replace(down, rank=9))), backend, device)
+    law_several_adapters_are_one(run, "down", split)
+
+
+@both
+@examples(8)
+@given(case=plain_lora)
+def test_merged_down_is_adapted_down(device, backend, case):
+    """y of the merged weight, within both bounds and the one rounding of the weight."""
+    run = Run(changed(case, dropout=None), backend, device)
+    a = run.arguments
+    merged, error = merged_projection(a["down"], case.dtype)
+    with torch.no_grad():
+        found = run.case.call(run.backend, a | {"down": merged})
+        wide = mapped(mapped(a, widened), on_cpu)
+        g, z = (BACKENDS["reference"].lora_linear(wide["x"], wide[name]) for name in ("gate", "up"))
+        hidden = (activate(g, case.activation) * z).abs()
+    assert_agree(found, run.found["y"], run.bounds["y"] + hidden @ error.T, "y")
+
+
+@both
+@examples(8)
+@given(case=tidy)
+def test_nf4_weights_are_the_dense_weights_they_decode_to(device, backend, case):
+    case = changed(case, layers=tuple(replace(layer, nf4=True) for layer in case.layers))
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to(Run(case, backend, device))
 
 
 @both
 @examples(12)
 @given(case=tidy)
 def test_leading_dimensions_do_not_matter(device, backend, case):
-    run = Run(changed(case, shape=(2, 3)), backend, device)
-    flat = run.arguments["x"].detach().reshape(6, -1).requires_grad_(run.arguments["x"].requires_grad)
-    found = run.results(fresh(run.arguments, x=flat), {"y": run.dys["y"].reshape(6, -1)})
-    for name, value in run.found.items():
-        assert_same_bits(found[name].reshape(value.shape), value, name)
+    law_leading_dimensions_do_not_matter(Run(changed(case, shape=(2, 3)), backend, device), {"x"})
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
@@ -184,16 +252,6 @@ def test_activations_at_their_ends(device, activation, dtype):
 @both
 def test_gradients_are_those_of_finite_differences(device, backend, activation, dropout):
     layers = (Layer(6, 2, bias=True), Layer(6, 2), Layer(4, 2))
-    run = Run(MLPInput(dtype=torch.float64, shape=(3,), in_features=5, layers=layers, activation=activation,
-                       dropout=dropout), backend, device)  # fmt: skip
-    a = run.arguments
-
-    def function(x, *factors):
-        parts = {
-            n: a[n]._replace(lora_A=factors[2 * i], lora_B=factors[2 * i + 1]) for i, n in enumerate(MLPInput.parts)
-        }
-        return run.case.call(run.backend, a | {"x": x} | parts)
-
-    assert torch.autograd.gradcheck(
-        function, (a["x"], *(t for n in MLPInput.parts for t in (a[n].lora_A, a[n].lora_B)))
-    )
+    case = MLPInput(dtype=torch.float64, shape=(3,), in_features=5, layers=layers, activation=activation,
+                    dropout=dropout)  # fmt: skip
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))

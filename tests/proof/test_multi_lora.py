@@ -20,11 +20,15 @@ from proof.laws import (
     fresh,
     law_a_batch_is_its_parts,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to,
     law_gradients_are_linear_in_dy,
+    law_gradients_are_those_of_finite_differences,
     law_memory_layout_does_not_matter,
     law_silent_tokens_teach_nothing,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
+    merged_projection,
+    signed_permutation,
 )
 
 tidy = multi_lora_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
@@ -187,12 +191,60 @@ def test_ranks_can_be_padded(device, backend, case):
 
 
 @both
-def test_gradients_are_those_of_finite_differences(device, backend):
-    case = MultiLoRAInput(dtype=torch.float64, index=(0, 2, -1, 0), in_features=4, out_features=5, rank=2, bias=True)
+@examples(10)
+@given(case=spread_out, seed=st.integers(0, 99))
+def test_the_basis_of_each_rank_does_not_matter(device, backend, case, seed):
+    """A_j → QA_j, B_j → B_jQᵀ with a signed permutation Q."""
+    run = Run(case, backend, device)
+    Q = signed_permutation(case.rank, seed)
+    turns = {"lora_A": lambda t: Q.to(t.device, t.dtype) @ t, "lora_B": lambda t: t @ Q.to(t.device, t.dtype).T}
+    turned = {n: turn(run.arguments[n].detach()).requires_grad_(run.arguments[n].requires_grad)
+              for n, turn in turns.items()}  # fmt: skip
+    found = run.results(fresh(run.arguments, **turned))
+    for name, value in run.found.items():
+        turn = turns.get(name.removeprefix("d"), lambda t: t)
+        assert_agree(found[name], turn(value), turn(run.bounds[name]).abs(), name)
+
+
+@both
+@examples(8)
+@given(case=spread_out)
+def test_merged_is_adapted(device, backend, case):
+    """Each row through its own merged weight, within both bounds and the one rounding of that weight."""
     run = Run(case, backend, device)
     a = run.arguments
+    for j in range(len(case.scalings)):
+        mine = (a["index"] == j).nonzero().flatten()
+        own = a["base"]._replace(lora_A=a["lora_A"][j], lora_B=a["lora_B"][j], scaling=case.scalings[j])
+        merged, error = merged_projection(own, case.dtype)
+        x = a["x"].detach()[mine]
+        with torch.no_grad():
+            found = BACKENDS[backend].lora_linear(x, merged)
+        room = run.bounds["h"][mine.cpu()] + x.double().abs().cpu() @ error.T
+        assert_agree(found, run.found["h"][mine], room, "h")
 
-    def function(x, A, B):
-        return run.case.call(run.backend, a | {"x": x, "lora_A": A, "lora_B": B})
 
-    assert torch.autograd.gradcheck(function, (a["x"], a["lora_A"], a["lora_B"]))
+@both
+@examples(8)
+@given(case=spread_out)
+def test_an_nf4_base_is_the_dense_weight_it_decodes_to(device, backend, case):
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to(Run(changed(case, nf4=True), backend, device))
+
+
+@both
+@examples(8)
+@given(case=spread_out)
+def test_leading_dimensions_do_not_matter(device, backend, case):
+    """[rows, 2, 2, in] is [rows, 4, in]: the same bits."""
+    run = Run(changed(case, inner=(2, 2)), backend, device)
+    x = run.arguments["x"]
+    flat = x.detach().flatten(1, 2).requires_grad_(x.requires_grad)
+    found = run.results(fresh(run.arguments, x=flat), {"h": run.dys["h"].flatten(1, 2)})
+    for name, value in run.found.items():
+        assert_same_bits(found[name].reshape(value.shape), value, name)
+
+
+@both
+def test_gradients_are_those_of_finite_differences(device, backend):
+    case = MultiLoRAInput(dtype=torch.float64, index=(0, 2, -1, 0), in_features=4, out_features=5, rank=2, bias=True)
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lora.fast.runtime import interpreting
 from lora.testing.block_cases import LayerNormInput, RMSNormInput
-from lora.testing.proof import BACKENDS, assert_equivalent, changed
+from lora.testing.proof import assert_equivalent, changed
 from lora.testing.strategies import layer_norm_inputs, rms_norm_inputs
 from proof.laws import (
     Run,
@@ -22,6 +22,8 @@ from proof.laws import (
     law_a_batch_is_its_parts,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
     law_gradients_are_linear_in_dy,
+    law_gradients_are_those_of_finite_differences,
+    law_leading_dimensions_do_not_matter,
     law_memory_layout_does_not_matter,
     law_silent_tokens_teach_nothing,
     law_tokens_do_not_see_each_other,
@@ -32,7 +34,7 @@ ROWS = {"x", "residual"}
 norms = rms_norm_inputs | layer_norm_inputs
 tidy = norms.map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
 rows_of_x = tidy.map(lambda case: changed(case, shape=(7,)))
-all_train = tidy.map(lambda case: changed(case, frozen=frozenset(), shape=(5,), x_size=1.0))
+all_train = tidy.map(lambda case: changed(case, frozen=frozenset(), shape=(5,), x_size=1.0, special=False))
 
 
 @examples(100)
@@ -206,10 +208,12 @@ def test_the_gradient_is_at_right_angles_to_the_row(device, backend, case):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", [RMSNormInput, LayerNormInput])
 def test_gradients_are_those_of_finite_differences(device, backend, kind, residual):
-    run = Run(kind(dtype=torch.float64, shape=(3,), features=4, residual=residual, eps=0.1), backend, device)
-    names = [name for name in ("x", "weight", "bias", "residual") if name in run.arguments]
+    case = kind(dtype=torch.float64, shape=(3,), features=4, residual=residual, eps=0.1)
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))
 
-    def function(*tensors):
-        return run.case.call(BACKENDS[backend], run.arguments | dict(zip(names, tensors, strict=True)))
 
-    assert torch.autograd.gradcheck(function, tuple(run.arguments[name] for name in names))
+@both
+@examples(10)
+@given(case=tidy)
+def test_leading_dimensions_do_not_matter(device, backend, case):
+    law_leading_dimensions_do_not_matter(Run(changed(case, shape=(2, 3)), backend, device), ROWS)

@@ -69,5 +69,40 @@ def test_an_operations_proof_is_under_thirty_lines():
     assert len([line for line in EXAMPLE.splitlines() if line.strip()]) < 30
 
 
+# what a law's tests are called
+LAWS = {
+    "linear in scaling": r"the_update_is_linear_in_scaling_and_in_lora_B",
+    "tokens, or rows": r"(tokens|rows|sequences)_do_not_see_each_other",
+    "a batch is its parts": r"a_batch_is_its_parts",
+    "padded with zeros": r"(ranks_can_be_padded|the_basis_and_the_number_of_ranks)",
+    "padded with tokens": r"silent_(tokens|rows|sequences)_teach_nothing",
+    "A → QA": r"the_basis_(of|and)",
+    "merged is adapted": r"(merged_is_adapted|merged_down_is_adapted|a_merged_model_is_the_adapted_one)",
+    "several adapters": r"(several_adapters|each_row_is_lora_linear_with_its_adapter|two_adapters_merge)",
+    "an NF4 weight": r"(an_)?nf4_",
+    "twice dy": r"(gradients_are_linear_in_dy|twice_the_gradient_of_the_loss_is_twice_every_gradient)",
+    "a gradient does not depend": r"a_gradient_does_not_depend_on_who_else_wants_one",
+    "memory layout": r"memory_layout_does_not_matter",
+    "leading dimensions": r"leading_dimensions",
+    "two runs": r"two_runs_are_the_same_bits",
+    "finite differences": r"gradients_are_those_of_finite_differences",
+}
+
+
+def test_every_operation_has_the_laws_that_the_page_says():
+    """A tick is a test of both backends in the operation's file, a dash is none; at least ten laws where they apply."""
+    lines = re.search(r"^\| law \|.*?\n\n", PAGE, re.DOTALL | re.MULTILINE).group(0).strip().splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) == len(LAWS)
+    sources = {name: (Path(__file__).parent / f"test_{name}.py").read_text() for name in head[1:]}
+    for (law, pattern), (title, *cells) in zip(LAWS.items(), rows, strict=True):
+        assert title.startswith(law)
+        for name, cell in zip(head[1:], cells, strict=True):
+            found = re.search(rf"@both\n(@.*\n)*(\s+.*\n)*def test_{pattern}", sources[name])
+            assert bool(found) == (cell == "✓"), (title, name)
+    ticks = {name: sum(row[1 + i] == "✓" for row in rows) for i, name in enumerate(head[1:])}
+    assert all(count >= 10 for name, count in ticks.items() if name not in ("norm", "rope", "merge")), ticks
+
+
 def test_the_figures_have_their_place():
     assert all(PAGE.count(marker) == 1 for marker in MARKERS)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.fast.operands import rows_of_one
-from lora.projection import Projection
-from lora.testing.cases import LinearInput, QKVInput
+from lora.projection import Dropout, Projection
+from lora.testing.cases import Layer, LinearInput, QKVInput
 from lora.testing.proof import BACKENDS, assert_equivalent, changed, results
 from lora.testing.strategies import qkv_inputs
 from proof.laws import (
@@ -25,16 +25,37 @@ from proof.laws import (
     fresh,
     law_a_batch_is_its_parts,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to,
     law_gradients_are_linear_in_dy,
+    law_gradients_are_those_of_finite_differences,
+    law_leading_dimensions_do_not_matter,
     law_memory_layout_does_not_matter,
+    law_ranks_can_be_padded,
+    law_several_adapters_are_one,
     law_silent_tokens_teach_nothing,
+    law_the_basis_of_the_rank_does_not_matter,
+    law_the_update_is_linear_in_scaling_and_in_lora_B,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
+    law_weights_that_lie_together_change_nothing,
+    merged_projection,
 )
 
-ordinary = qkv_inputs().map(lambda case: changed(case, x_size=1.0, dy_size=1.0))
+ordinary = qkv_inputs().map(lambda case: changed(case, x_size=1.0, dy_size=1.0, special=False))
 tidy = ordinary.map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
 rows_of_x = tidy.map(lambda case: changed(case, shape=(6,), dropout=None))
+
+
+def with_adapters(case: QKVInput) -> QKVInput:
+    """Each of the three with an adapter, none with DoRA."""
+    return changed(case, layers=tuple(replace(layer, rank=max(layer.rank, 1), dora=False) for layer in case.layers))
+
+
+def in_float32(case: QKVInput) -> QKVInput:
+    return changed(case, dtype=torch.float32, layers=tuple(replace(la, adapter_dtype=None) for la in case.layers))
+
+
+plain_lora = tidy.map(with_adapters)
 
 
 @examples(60)
@@ -133,8 +154,73 @@ def test_weights_that_lie_together_change_nothing(device, backend, case):
     together, apart = (Run(changed(case, stacked=stacked), backend, device) for stacked in (True, False))
     weights = [together.arguments[name].weight for name in "qkv"]
     assert rows_of_one(weights).shape[0] == sum(layer.out_features for layer in case.layers)
-    for name, value in together.found.items():
-        assert_agree(value, apart.found[name], apart.bounds[name], name)
+    law_weights_that_lie_together_change_nothing(together, apart)
+
+
+@both
+@examples(8)
+@given(case=plain_lora.map(in_float32))
+def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+    law_the_update_is_linear_in_scaling_and_in_lora_B(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=plain_lora)
+def test_ranks_can_be_padded(device, backend, case):
+    law_ranks_can_be_padded(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=plain_lora, seed=st.integers(0, 99))
+def test_the_basis_of_the_rank_does_not_matter(device, backend, case, seed):
+    law_the_basis_of_the_rank_does_not_matter(Run(case, backend, device), seed)
+
+
+@both
+@examples(8)
+@given(case=plain_lora, argument=st.sampled_from("qkv"), split=st.integers(1, 8))
+def test_several_adapters_are_one(device, backend, case, argument, split):
+    run = Run(changed(case, layers=tuple(replace(layer, rank=9) for layer in case.layers)), backend, device)
+    law_several_adapters_are_one(run, argument, split)
+
+
+@both
+@examples(8)
+@given(case=tidy.map(with_adapters))
+def test_merged_is_adapted(device, backend, case):
+    """q, k and v of the merged weights, and dx, within both bounds and the one rounding of each weight."""
+    run = Run(changed(case, dropout=None), backend, device)
+    merged = {name: merged_projection(run.arguments[name], case.dtype) for name in "qkv"}
+    found = run.results(fresh(run.arguments, **{name: projection for name, (projection, _) in merged.items()}))
+    x, dys = run.arguments["x"].detach().double().cpu().abs(), {n: dy.double().cpu().abs() for n, dy in run.dys.items()}
+    room = {name: x @ error.T for name, (_, error) in merged.items()}
+    room["dx"] = sum(dys[name] @ error for name, (_, error) in merged.items())
+    for name in room.keys() & run.found.keys():
+        assert_agree(found[name], run.found[name], run.bounds[name] + room[name], name)
+
+
+@both
+@examples(8)
+@given(case=tidy)
+def test_nf4_weights_are_the_dense_weights_they_decode_to(device, backend, case):
+    case = changed(case, layers=tuple(replace(layer, nf4=True) for layer in case.layers))
+    law_an_nf4_weight_is_the_dense_weight_it_decodes_to(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=tidy)
+def test_leading_dimensions_do_not_matter(device, backend, case):
+    law_leading_dimensions_do_not_matter(Run(changed(case, shape=(2, 3)), backend, device), {"x"})
+
+
+@both
+def test_gradients_are_those_of_finite_differences(device, backend):
+    layers = (Layer(6, 2, bias=True), Layer(4, 2), Layer(3, 1))
+    case = QKVInput(dtype=torch.float64, shape=(3,), in_features=5, layers=layers, dropout=Dropout(0.3, 7))
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))
 
 
 @both

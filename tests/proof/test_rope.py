@@ -19,7 +19,9 @@ from proof.laws import (
     law_a_batch_is_its_parts,
     law_a_gradient_does_not_depend_on_who_else_wants_one,
     law_gradients_are_linear_in_dy,
+    law_gradients_are_those_of_finite_differences,
     law_memory_layout_does_not_matter,
+    law_silent_tokens_teach_nothing,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
 )
@@ -75,6 +77,13 @@ def test_sequences_do_not_see_each_other(device, backend, case, seed):
 @given(case=one_table, cut=st.integers(0, 4))
 def test_a_batch_is_its_parts(device, backend, case, cut):
     law_a_batch_is_its_parts(Run(case, backend, device), {"q", "k"}, cut, exact=True)
+
+
+@both
+@examples(10)
+@given(case=one_table)
+def test_silent_sequences_teach_nothing(device, backend, case):
+    law_silent_tokens_teach_nothing(Run(case, backend, device), {"q", "k"})
 
 
 @both
@@ -198,9 +207,5 @@ def test_the_two_layouts_of_pairs_are_one_rotation(device, backend, case):
 
 @both
 def test_gradients_are_those_of_finite_differences(device, backend):
-    run = Run(RopeInput(dtype=torch.float64, batch=1, seq=2, heads=2, kv_heads=1, head_dim=6, rot=4), backend, device)
-
-    def function(q, k):
-        return run.case.call(run.backend, run.arguments | {"q": q, "k": k})
-
-    assert torch.autograd.gradcheck(function, (run.arguments["q"], run.arguments["k"]))
+    case = RopeInput(dtype=torch.float64, batch=1, seq=2, heads=2, kv_heads=1, head_dim=6, rot=4)
+    law_gradients_are_those_of_finite_differences(Run(case, backend, device))

@@ -21,8 +21,6 @@ EQUIVALENT: dict[str, str] = {
     + "Gradients that fill their buffer go back through one product each.",
     "mlp:hidden_gradient: behind.factors is None → (behind.factors is not None)": COST
     + "The update is added by the product, not by the activation's kernel.",
-    "kernels.activation:gated_backward_kernel: tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0).to(WIDE) → "
-    "(tl.load(z_ptr + o_m * stride_z + o_n, mask=m_mn, other=0.0))": PROMOTED + "z is multiplied by dh and by act(g).",
     "kernels.nf4:rounded: b_value.to(dtype) → (b_value)": "The store that follows converts to the same type of its "
     "pointer, in the same way.",
     "dropout:plain_mask: threshold(p) - SIGN → ((threshold(p)) + (SIGN))": MODULO

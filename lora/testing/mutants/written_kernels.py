@@ -120,13 +120,14 @@ KERNELS: dict[str, list[Text]] = {
         ("σ of the opposite", "return 1 / (1 + tl.exp(-b_x))", "return 1 / (1 + tl.exp(b_x))"),
         ("GELU's density without its constant", " * 0.3989422804014327", ""),
         ("the tanh form's cubic slope of another constant", "0.134145", "0.044715"),
-        ("the update is not scaled", "return b_x + scale * matrix_product(", "return b_x + matrix_product("),
+        ("the update is not scaled", "return b_x + scale * b_update", "return b_x + b_update"),
+        ("every block of ranks is the first", "            p_u += RANK\n", ""),
         ("the update's last rank is dropped", "mask=(o_m < M) & (o_r[None, :] < R), other=0.0)",
          "mask=(o_m < M) & (o_r[None, :] < R - 1), other=0.0)"),
         ("g without its update", "    if RANK_G:\n        b_g = plus_low_rank(b_g, g_u, g_factor, g_scale, g_r, g_stride_u, g_stride_n, "
-         "g_stride_r, o_m, o_n, M, N,\n                            RANK_G, PRECISION, INTERPRET)  # fmt: skip\n    if RANK_Z:\n"
+         "g_stride_r, o_m, o_n, M, N,\n                            RANK_G, WHOLE, PRECISION, INTERPRET)  # fmt: skip\n    if RANK_Z:\n"
          "        b_z = plus_low_rank(b_z, z_u, z_factor, z_scale, z_r, z_stride_u, z_stride_n, z_stride_r, o_m, o_n, M, N,\n"
-         "                            RANK_Z, PRECISION, INTERPRET)  # fmt: skip\n    b_a, _", "    b_a, _"),
+         "                            RANK_Z, WHOLE, PRECISION, INTERPRET)  # fmt: skip\n    b_a, _", "    b_a, _"),
     ],
     "dropout": [
         ("the mask shifted by one", "position = row * features + first", "position = row * features + first + 1"),
