@@ -27,6 +27,7 @@ from lora.errors import LoRAError
 from lora.nf4_format import ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, STATE, from_checkpoint
 from lora.nf4_layer import NF4Linear
 from lora.projection import NF4Weight
+from lora.saving import attach
 
 METHOD = "lora_nf4"  # the name transformers knows our quantiser by
 STORED_KEYS = [STATE, NESTED_ABSMAX, NESTED_MAP, MAP, ABSMAX, "weight"]  # longest first: "weight" begins them all
@@ -98,6 +99,7 @@ class NF4Quantizer(HfQuantizer):
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Leaves no mark: what comes back is a plain model in which some modules are NF4Linear."""
+        attach(model)  # its save_pretrained is to say what is 4 bits wide
         del model.hf_quantizer, model.config.quantization_config, model.quantization_method
         model.is_quantized = False
         model._weight_conversions = [
@@ -185,32 +187,6 @@ def _has_stacked_weights(module: nn.Module) -> bool:
     """Whether a module holds several matrices as one parameter, as mixtures of experts do."""
     stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     return stacked and not isinstance(module, nn.Conv1d)
-
-
-def checkpoint_config(model: nn.Module) -> dict[str, Any]:
-    """What `config.quantization_config` must say beside a saved NF4 model, for bitsandbytes and for `lora.load`.
-
-    Set it, then `model.save_pretrained(directory)`: the state dict has bitsandbytes' keys already. bitsandbytes reads
-    blocks of 64 with double quantisation or without; all layers must agree, as `lora.quantize` makes them.
-    """
-    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    kinds = {(layer.block_size, layer.nested_absmax is not None, layer.dtype) for layer in layers}
-    if len(kinds) != 1:
-        raise LoRAError(
-            f"The model has NF4 layers of {len(kinds)} kinds (block size, double quantisation, dtype), and a config "
-            f"describes exactly one: {', '.join(sorted(map(str, kinds))) or 'none'}."
-        )
-    ((_, double, dtype),) = kinds
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [path for path, module in model.named_modules() if type(module) is nn.Linear],
-    }
 
 
 def _replace(name: str, quantised: NF4Weight, context: dict[str, Any]) -> None:

@@ -295,7 +295,7 @@ def test_a_stored_nf4_checkpoint_needs_no_bitsandbytes(directory, monkeypatch):
 def test_a_saved_nf4_model_is_a_checkpoint_for_us_and_for_bitsandbytes(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from lora.nf4_loader import checkpoint_config
+    from lora.saving import checkpoint_config
 
     path = save(tiny_llama(hidden_size=64, intermediate_size=128).bfloat16(), tmp_path / "dense")
     model, _ = lora.load(path, quantization="nf4")
@@ -544,7 +544,7 @@ def test_a_damaged_directory_is_refused_in_one_line(directory, damage, quantizat
 
 
 def stored_nf4(path: Path) -> Path:
-    from lora.nf4_loader import checkpoint_config
+    from lora.saving import checkpoint_config
 
     model, tokenizer = lora.load(path, quantization="nf4")
     model.config.quantization_config = checkpoint_config(model)
@@ -601,7 +601,7 @@ ARGUMENTS = {
     "dtype fp16": ({"dtype": "fp16"}, "dtype='fp16' is not known.*float32, bfloat16, float16"),
     "dtype bfloat": ({"dtype": "bfloat"}, "Did you mean 'bfloat16'"),
     "dtype int8": ({"dtype": torch.int8}, "dtype=torch.int8 is not known"),
-    "dtype float64": ({"dtype": "float64"}, "dtype='float64' is not known"),
+    "dtype int64": ({"dtype": "int64"}, "dtype='int64' is not known"),
     "dtype 16": ({"dtype": 16}, "dtype=16 is not known"),
     "device": ({"device": "tpu9"}, "device='tpu9' cannot be used .*this machine has cpu"),
 }

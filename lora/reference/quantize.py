@@ -14,6 +14,7 @@ from lora.nf4_format import check_block_size
 from lora.nf4_layer import NF4Linear
 from lora.reference.inject import output_heads
 from lora.reference.nf4 import check_quantisable
+from lora.saving import attach
 
 SCHEMES = ("nf4",)
 
@@ -58,6 +59,7 @@ def quantize(
         for path in paths:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, quantised)
+    attach(model)  # its save_pretrained is to say what is 4 bits wide
     return model
 
 
