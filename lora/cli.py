@@ -1,7 +1,7 @@
 """The command line: lora train | generate | merge | quantize | explain.
 
 Each command imports what it needs when it runs, so that `lora --help` answers at once. A user's error is one line on
-stderr and exit code 2; --debug shows where it came from. Ctrl-C exits with 130.
+stderr and exit code 2; --debug shows where it came from. Ctrl-C exits with 130, SIGTERM with 143.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 after a user's error, 130 after Ctrl-C."""
+    """Runs one command; returns the exit code: 0, 2 after a user's error, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -86,7 +86,7 @@ def _main(words: list[str]) -> int:
         return int(error.code or 0)
     except KeyboardInterrupt as error:
         print(f"lora: {error or 'interrupted'}", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_code", 130)
     except BrokenPipeError:  # `lora generate | head`: nobody is left to read
         sys.stdout = None
         return 0
@@ -194,7 +194,7 @@ def _add_field(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> Non
 def _metavar(name: str) -> str:
     hint = HINTS[name]
     plain = {int: "N", float: "X", str: name.rsplit("_", 1)[-1].upper()}
-    return plain.get(hint, "NAMES" if "modules" in name or "pattern" in name else "VALUE")
+    return plain.get(hint, "NAMES" if "modules" in name or "pattern" in name or "changed" in name else "VALUE")
 
 
 def train(options: argparse.Namespace) -> None:

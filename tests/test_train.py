@@ -396,11 +396,11 @@ TORN = {
     ),
     "a missing file": ("state.json", lambda file: file.unlink(), "state.json is missing"),
     "no manifest": ("manifest.json", lambda file: file.unlink(), "manifest.json is missing or damaged"),
-    "an empty manifest": ("manifest.json", lambda file: file.write_text("{}"), "does not name"),
+    "an empty manifest": ("manifest.json", lambda file: file.write_text("{}"), "manifest.json is missing or damaged"),
     "a path outside": (
         "manifest.json",
         lambda file: file.write_text(file.read_text().replace("state.json", "../x", 1)),
-        "names",
+        "manifest.json has other contents than were written",
     ),
 }
 

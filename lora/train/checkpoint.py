@@ -5,41 +5,45 @@
       parameters.safetensors    every trained tensor, bit for bit (PEFT's format may rewrite some, PiSSA's say)
       optimizer.safetensors     AdamW's moments, by parameter name
       random.safetensors        the generators of torch, and of each GPU
-      state.json                learning rates, schedule, Python's and NumPy's generators, running sums, and the run:
-                                its settings, and hashes of its data and of its base model
+      state.json                the schedule, Python's and NumPy's generators, running sums, what was measured before
       trainer_state.json        transformers' own record
-      manifest.json             size and SHA-256 of each file above
+      manifest.json             size and SHA-256 of each file above, and the run it belongs to (`lora.train.manifest`)
 
-A checkpoint is written under another name and renamed when it is whole. On resuming, each is checked against its
-manifest, newest first, and one that does not match is passed over.
+A checkpoint is written under another name, flushed, and renamed when it is whole (`lora.train.durable`): a process
+killed, or a machine that loses power, at any moment leaves the checkpoints there were, and once `save` is done the new
+one. On resuming, each is checked against its manifest, newest first, and one that does not match is passed over.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora.adapter_io import save_adapter
 from lora.errors import LoRAError
+from lora.peft_format import DTYPES, write_tensors
+from lora.train import manifest
+from lora.train.durable import NewFile, Written, hash_of, remove, replaced_directory, reporting, write_file
 
 NAME = re.compile(r"checkpoint-(\d+)")
-UNFINISHED = ".unfinished-checkpoint"
+ADAPTER = "adapter"
 PARAMETERS, OPTIMIZER, RANDOM = "parameters.safetensors", "optimizer.safetensors", "random.safetensors"
-STATE, TRAINER_STATE, MANIFEST = "state.json", "trainer_state.json", "manifest.json"
-RATES = ("lr", "initial_lr")  # of a parameter group; the rest is in the run's settings
+STATE, TRAINER_STATE = "state.json", "trainer_state.json"
+NEEDED = (PARAMETERS, OPTIMIZER, RANDOM, STATE, TRAINER_STATE)
+TIMES = ("_runtime", "_per_second")  # ends of names in transformers' log
+MOMENTS = ("exp_avg", "exp_avg_sq")
 SAMPLED = 64  # numbers of each base tensor that go into its fingerprint
 
 
@@ -54,34 +58,84 @@ class Found(NamedTuple):
 
 
 def save(trainer: Any, output: Path) -> Path:
-    """Writes `output`/checkpoint-N for the step N the trainer is at; all of it or nothing."""
+    """Writes `output`/checkpoint-N for the step N the trainer is at; all of it or nothing.
+
+    Against kills and power loss: until it is whole and on the disk, what was there stays, an older checkpoint-N too.
+
+    Raises: LoRAError where it cannot be written, which checkpoint is still there, and what to do.
+    """
     target = output / f"checkpoint-{trainer.state.global_step}"
-    unfinished = output / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_adapter(trainer.model, unfinished / "adapter")
-    save_file(_copies(trained_tensors(trainer.model)), unfinished / PARAMETERS)
-    save_file(_copies(optimizer_tensors(trainer)), unfinished / OPTIMIZER)
-    save_file(random_tensors(), unfinished / RANDOM)
-    (unfinished / STATE).write_text(json.dumps(state_of_run(trainer), indent=1))
-    trainer.state.save_to_json(str(unfinished / TRAINER_STATE))
-    files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-    manifest = {
-        str(file.relative_to(unfinished)): {"size": file.stat().st_size, "sha256": _hash(file)} for file in files
-    }
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (*files, unfinished / MANIFEST, unfinished / "adapter", unfinished):
-        _flush(path)
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier run that went on from before this step
-    unfinished.rename(target)
-    _flush(output)
+    try:
+        with replaced_directory(target) as folder:
+            files = write_adapter(trainer, folder)
+            files[PARAMETERS] = write_parameters(trainer, folder)
+            files[OPTIMIZER] = write_optimizer(trainer, folder)
+            files[RANDOM] = write_random(folder)
+            files[STATE] = write_state(trainer, folder)
+            files[TRAINER_STATE] = write_trainer_state(trainer, folder)
+            content = manifest.manifest_of(trainer.run, trainer.state.global_step, trainer.args.world_size, files)
+            write_file(folder / manifest.MANIFEST, content)
+    except OSError as error:
+        with reporting(f"{target.name} cannot be written to {output}", _still_there(output)):
+            raise error
     return target
 
 
-def rotate(output: Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints."""
-    for path in checkpoints(output)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+def rotate(output: Path, keep: int, saved: Path | None = None) -> None:
+    """Removes what is older than the `keep` newest whole checkpoints; those that are torn do not count.
+
+    Args:
+        saved: one that was written just now, and is not read again to see whether it is whole.
+    """
+    whole = 0
+    with reporting(f"older checkpoints in {output} cannot be removed", "The newest are whole."):
+        for path in checkpoints(output):
+            if whole >= keep:
+                remove(path)
+            elif path == saved or why_torn(path) is None:
+                whole += 1
+
+
+def write_adapter(trainer: Any, folder: Path) -> dict[str, Written]:
+    """The adapter in PEFT's format."""
+    try:
+        written = save_adapter(trainer.model, folder / ADAPTER)
+    except LoRAError as error:
+        if isinstance(error.__context__, OSError):  # the adapter's own advice is for those who save only that
+            raise error.__context__ from None
+        raise
+    files = sorted(file for file in written.iterdir())
+    return {str(file.relative_to(folder)): Written(file.stat().st_size, hash_of(file)) for file in files}
+
+
+def write_parameters(trainer: Any, folder: Path) -> Written:
+    """Every trained tensor."""
+    return _write_tensors(folder / PARAMETERS, trained_tensors(trainer.model))
+
+
+def write_optimizer(trainer: Any, folder: Path) -> Written:
+    """The optimizer's tensors."""
+    return _write_tensors(folder / OPTIMIZER, optimizer_tensors(trainer))
+
+
+def write_random(folder: Path) -> Written:
+    """The states of torch's generators."""
+    return _write_tensors(folder / RANDOM, random_tensors())
+
+
+def write_state(trainer: Any, folder: Path) -> Written:
+    """What is no tensor, and transformers does not keep."""
+    return write_file(folder / STATE, json.dumps(state_of_run(trainer), indent=1).encode())
+
+
+def write_trainer_state(trainer: Any, folder: Path) -> Written:
+    """What transformers keeps, as it writes it, but for times: the same run makes the same bytes."""
+    state = dataclasses.asdict(trainer.state)
+    state["log_history"] = [
+        {name: value for name, value in record.items() if not name.endswith(TIMES)} for record in state["log_history"]
+    ]
+    text = json.dumps(state, indent=2, sort_keys=True) + "\n"
+    return write_file(folder / TRAINER_STATE, text.encode())
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -114,10 +168,7 @@ def state_of_run(trainer: Any) -> dict[str, Any]:
     """What is no tensor."""
     kind, keys, *rest = cast(tuple[Any, ...], numpy.random.get_state(legacy=True))
     return {
-        "run": trainer.run,
-        "rates": [
-            {key: float(group[key]) for key in RATES if key in group} for group in trainer.optimizer.param_groups
-        ],
+        "run": {name: value for name, value in trainer.run.items() if name not in manifest.RUN},
         "schedule": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if _is_plain(v)},
         "sums": {
             "tr_loss": trainer._tr_loss.item(),
@@ -141,7 +192,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def newest(output: Path) -> Found:
-    """The newest checkpoint in `output` that is whole."""
+    """The newest checkpoint in `output` that is whole. Raises LoRAError for one that a newer version has written."""
     passed_over: list[str] = []
     for path in checkpoints(output):
         reason = why_torn(path)
@@ -153,22 +204,15 @@ def newest(output: Path) -> Found:
 
 def why_torn(path: Path) -> str | None:
     """What of a checkpoint differs from its manifest; None where it is whole."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, stated in manifest.items():
-            file = path / name
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                return f"{MANIFEST} names {name!r}"
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != stated["size"]:
-                return f"{name} has {file.stat().st_size:,} bytes instead of {stated['size']:,}"
-            if _hash(file) != stated["sha256"]:
-                return f"{name} has other contents than were written"
-        missing = {PARAMETERS, OPTIMIZER, RANDOM, STATE, TRAINER_STATE} - set(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is missing or damaged"
-    return f"{MANIFEST} does not name {sorted(missing)[0]}" if missing else None
+    reason = manifest.why_torn(path, NEEDED)
+    if reason is None and f"checkpoint-{manifest.read_manifest(path)['step']}" != path.name:
+        return f"{manifest.MANIFEST} is of step {manifest.read_manifest(path)['step']}"
+    return reason
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint was saved after."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -177,56 +221,69 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_same_run(path: Path, run: Mapping[str, Any]) -> None:
-    """Raises LoRAError, listing what differs, unless the checkpoint belongs to a run with these settings and data."""
-    saved = read_state(path)["run"]
-    now = json.loads(json.dumps(run))  # tuples become lists, as in the file
-    lines = [
-        f"{name}: {saved['settings'].get(name)!r} then, {value!r} now"
-        for name, value in now["settings"].items()
-        if saved["settings"].get(name) != value
-    ]
-    if saved["base"] != now["base"]:
-        lines.append("the base model's weights: others than then")
-    if saved["data"] != now["data"] and not lines:
-        lines.append("the training data: other examples, or another tokenizer, than then")
-    if lines:
+def check_same_run(path: Path, run: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
+    """Raises LoRAError, listing what differs, unless the checkpoint belongs to a run with these settings and data.
+
+    Args:
+        allowed: settings that may differ; `model` allows other base weights, `data` and `eval_data` other examples.
+
+    Returns: what differs and is allowed to.
+    """
+    found = manifest.changes(manifest.read_manifest(path), run)
+    refused = [(name, text) for name, text in found if name not in allowed]
+    if refused:
+        names = ",".join(dict.fromkeys(name for name, _ in found))
         raise LoRAError(
-            f"{path} is of a run that differs: {'; '.join(lines)}. Resume with the settings of then, or start anew "
-            "with another --output."
+            f"{path} is of a run that differs: {'; '.join(text for _, text in refused)}. Resume with the settings of "
+            f"then, allow it with --allow-changed {names}, or start anew with another --output."
         )
+    return [text for _, text in found]
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------
 
 
+def check_tensors(model: nn.Module, path: Path) -> None:
+    """Raises LoRAError unless each trained tensor and its moments have the name, shape and dtype that `model` has.
+
+    Reads headers only, and changes nothing. A fused optimizer would write past the end of a tensor that is too small.
+    """
+    expected = trained_tensors(model)
+    _check_tensors(path / PARAMETERS, _header(path / PARAMETERS), expected)
+    stepped = {name: parameter for name, parameter in expected.items() if parameter.requires_grad}
+    found = _header(path / OPTIMIZER)
+    names = {key.rpartition("|")[0] for key in found}  # a parameter that had no gradient yet has no moments
+    moments = {f"{name}|{what}": stepped[name] for name in names & stepped.keys() for what in MOMENTS}
+    _check_tensors(path / OPTIMIZER, {k: v for k, v in found.items() if not k.endswith("|step")}, moments)
+
+
 @torch.no_grad()
 def load_parameters(model: nn.Module, path: Path) -> None:
-    """Sets every trained tensor to what it was; LoRAError, before any is changed, where names or shapes differ."""
-    expected, saved = trained_tensors(model), load_file(path / PARAMETERS)
-    _check_tensors(path / PARAMETERS, saved, expected)
-    for name, parameter in expected.items():
+    """Sets every trained tensor to what it was; LoRAError, before any is changed, where `check_tensors` objects."""
+    check_tensors(model, path)
+    saved = load_file(path / PARAMETERS)
+    for name, parameter in trained_tensors(model).items():
         parameter.copy_(saved[name])
 
 
 def load_optimizer(trainer: Any, path: Path) -> None:
-    """Gives a fresh optimizer and schedule the state they had."""
-    optimizer, named = trainer.optimizer, list(_optimised(trainer))
-    with safe_open(path / OPTIMIZER, framework="pt") as file:
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    moments = {key: parameter for name, _, parameter in named for key in (f"{name}|exp_avg", f"{name}|exp_avg_sq")}
-    _check_tensors(path / OPTIMIZER, {k: v for k, v in saved.items() if not k.endswith("|step")}, moments)
+    """Gives a fresh optimizer its moments, and a fresh schedule its step, from which the learning rates follow."""
+    check_tensors(trainer.model, path)
+    optimizer, schedule = trainer.optimizer, trainer.lr_scheduler
+    numbers = {name: number for name, number, _ in _optimised(trainer)}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in saved.items():
+    for key, value in load_file(path / OPTIMIZER).items():
         name, _, what = key.rpartition("|")
-        number = next(number for other, number, _ in named if other == name)
-        state.setdefault(number, {})[what] = value
-    stored = read_state(path)
-    groups = optimizer.state_dict()["param_groups"]
-    for group, rates in zip(groups, stored["rates"], strict=True):
-        group.update(rates)
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    trainer.lr_scheduler.load_state_dict({**trainer.lr_scheduler.state_dict(), **stored["schedule"]})
+        state.setdefault(numbers[name], {})[what] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    schedule.load_state_dict({**schedule.state_dict(), **read_state(path)["schedule"]})
+    schedule = getattr(schedule, "scheduler", schedule)  # inside what accelerate put around it
+    rates = [
+        base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def load_random_state(path: Path) -> None:
@@ -274,36 +331,43 @@ def _optimised(trainer: Any) -> Iterator[tuple[str, int, Tensor]]:
             number += 1
 
 
-def _check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names and shapes: a fused optimizer would write past the end of a tensor that is too small."""
-    for name in sorted(found.keys() | expected.keys()):
-        have, want = (list(tensors[name].shape) if name in tensors else "absent" for tensors in (found, expected))
+def _header(file: Path) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and dtype of each tensor in a safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
+        return {name: (part.get_shape(), DTYPES[part.get_dtype()]) for name, part in slices.items()}
+
+
+def _check_tensors(
+    file: Path, found: Mapping[str, tuple[list[int], torch.dtype]], expected: Mapping[str, Tensor]
+) -> None:
+    """The same names, shapes and dtypes."""
+    wanted = {name: (list(tensor.shape), tensor.dtype) for name, tensor in expected.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        have, want = (_described(tensors.get(name)) for tensors in (found, wanted))
         if have != want:
             raise LoRAError(
                 f"{file}: {name} is {have}, expected {want}: the checkpoint is of another model or adapter."
             )
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def _described(tensor: tuple[list[int], torch.dtype] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} of {str(tensor[1]).removeprefix('torch.')}"
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
+    """A safetensors file, hashed on its way to the disk."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with NewFile(path) as file:
+        write_tensors(cast(BinaryIO, file), held, {"format": "pt"})
+    return file.written
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON gives it back as it was: numbers, and lists of numbers."""
-    if isinstance(value, list):
-        return all(isinstance(entry, (int, float)) for entry in value)
     return value is None or isinstance(value, (bool, int, float))
 
 
-def _hash(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Makes sure that a file's or directory's contents are on the disk before the rename that makes them count."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _still_there(output: Path) -> str:
+    """The end of an error message: what there is to go on from."""
+    found = newest(output).path
+    return f"{found.name} is whole: --resume goes on from it." if found else "No checkpoint is there yet."

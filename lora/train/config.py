@@ -28,7 +28,7 @@ GROUPS = {
     "run": "where results go, and how often",
 }
 QUANTIZATIONS = ("none", "nf4")
-DTYPES = ("auto", "float32", "bfloat16")  # float16 overflows without loss scaling
+DTYPES = ("auto", "float32", "bfloat16", "float64")  # float16 overflows without loss scaling
 SCHEDULERS = ("linear", "cosine", "constant")
 CHECKPOINTING = ("none", "recompute", "selective", "offload", "auto")
 BACKENDS = ("reference", "fast", "auto")
@@ -119,6 +119,12 @@ class TrainConfig:
     output: str = option("out/train", "run", "directory for everything that is written", fixed=False)
     overwrite: bool = option(False, "run", "replace an earlier run in --output", fixed=False)
     resume: bool = option(False, "run", "go on from the newest whole checkpoint in --output", fixed=False)
+    allow_changed: tuple[str, ...] = option(
+        (),
+        "run",
+        "settings that --resume may change, by name: lr,seed; `data` and `model` stand for contents too",
+        fixed=False,
+    )
     log_every: int = option(1, "run", "steps between two lines of metrics.jsonl", fixed=False)
     eval_every: int = option(0, "run", "steps between two held-out losses; 0: before and after only", fixed=False)
     save_every: int = option(100, "run", "steps between two checkpoints; 0: only when interrupted", fixed=False)
@@ -153,10 +159,25 @@ class TrainConfig:
             )
         if self.memory_budget is not None:
             bytes_of(self.memory_budget)
+        self._check_allowed()
         if self.resume and self.overwrite:
             raise LoRAError(
                 "resume and overwrite are both set: going on from a run and replacing it exclude each other."
             )
+
+    def _check_allowed(self) -> None:
+        """allow_changed names settings that a resumed run would otherwise have to share, and there is one."""
+        names = list(self.fixed())
+        for name in self.allow_changed:
+            if name in HINTS and name not in names:
+                raise LoRAError(f"allow_changed names {name!r}, which may change anyway: leave it out.")
+            if name not in names:
+                raise LoRAError(
+                    f"allow_changed names {name!r}, which is no setting.{did_you_mean(name, names)} Expected some of "
+                    f"{', '.join(names)}."
+                )
+        if self.allow_changed and not self.resume:
+            raise LoRAError("allow_changed is set without resume: it is about how a run goes on; give --resume, too.")
 
     def _check_numbers(self) -> None:
         at_least_one = (

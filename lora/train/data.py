@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.data import Sampler
 
 from lora.errors import LoRAError, did_you_mean
 from lora.train.config import TrainConfig
@@ -286,6 +289,34 @@ def _kind(value: Any) -> str:
         return "empty"
     names = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+# ---- order -----------------------------------------------------------------------------------------------------
+
+
+def order(seed: int, epoch: int, count: int) -> list[int]:
+    """In which order one epoch goes through its examples: a function of these three numbers and of nothing else.
+
+    Nothing that was drawn before, no resuming and no number of processes changes it.
+    """
+    indices: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    return indices
+
+
+class SeededOrder(Sampler[int]):
+    """`order` of the epoch that was set last; transformers and accelerate set it as each one begins."""
+
+    def __init__(self, examples: Sized, seed: int) -> None:
+        self.count, self.seed, self.epoch = len(examples), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(order(self.seed, self.epoch, self.count))
+
+    def __len__(self) -> int:
+        return self.count
 
 
 # ---- splitting and bringing into form --------------------------------------------------------------------------

@@ -9,20 +9,19 @@
   result.json         the run in numbers
   tensorboard/        for `tensorboard --logdir`
   checkpoint-N/       what `--resume` goes on from
+  .lock               which process is writing here; gone when it has ended
+
+One process writes to an output directory at a time. Killed at any moment, it leaves what a resumed run goes on from:
+docs/training/crash_safety.md says what is guaranteed, against what, and how it was tested.
 """
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,62 +31,36 @@ import torch
 from rich.console import Console
 
 from lora import dispatch, models
-from lora.adapter_io import save_adapter
 from lora.adapters import disable_adapters, trainable_parameters
 from lora.errors import LoRAError
 from lora.planner import plan_checkpointing
 from lora.train import checkpoint
 from lora.train.config import TrainConfig
 from lora.train.data import Data, Prompt, load_data, prompts_of
-from lora.train.plot import plot_loss
+from lora.train.durable import make_directory, recover, remove, replace_file, reporting
+from lora.train.lock import OutputLock
+from lora.train.manifest import read_manifest
 from lora.train.quiet import quiet
+from lora.train.results import (
+    ADAPTER,
+    METRICS,
+    PLOT,
+    RESULT,
+    SAMPLES,
+    Sample,
+    TrainResult,
+    write_adapter,
+    write_plot,
+    write_result,
+    write_samples,
+)
 from lora.train.sampling import answer
+from lora.train.stopping import InterruptedRunError, Stopping, TerminatedRunError
 
-RUN, ADAPTER, METRICS, PLOT, RESULT = "run.yaml", "adapter", "metrics.jsonl", "loss.png", "result.json"
-SAMPLES, TENSORBOARD = ("samples.md", "samples.json"), "tensorboard"
+COMPLETE = "The checkpoints are whole: --resume completes the run from the newest."
+RUN, TENSORBOARD = "run.yaml", "tensorboard"
+WRITTEN = (RUN, ADAPTER, METRICS, PLOT, RESULT, *SAMPLES, TENSORBOARD)  # and checkpoints
 NEEDED = ("datasets", "matplotlib", "rich", "transformers", "trl", "yaml")
-
-
-class InterruptedRunError(KeyboardInterrupt):
-    """Ctrl-C during training, after the checkpoint was written; says where it is."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt, answered twice; `expected` is what the data has, if anything."""
-
-    prompt: str
-    expected: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run in numbers; losses in nats a token, None where nothing was held out."""
-
-    output: Path
-    adapter: Path
-    steps: int
-    loss_before: float | None
-    loss_after: float | None
-    held_out_examples: int
-    held_out_tokens: int
-    train_examples: int
-    tokens: int  # read in training, prompts included, padding not
-    tokens_learnt: int  # of them, those with a loss
-    seconds: float  # in training steps and evaluations between them, this session
-    tokens_per_second: float
-    backend: str
-    trainable: int
-    parameters: int
-    peak_memory: int  # bytes
-    samples: tuple[Sample, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        values = asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def run(
@@ -99,20 +72,24 @@ def run(
         console: where to report; the terminal, unless given.
         on_finished: is given the trained model, ready to generate, and its tokenizer, once all else is done.
 
-    Raises: LoRAError for whatever the user can mend; InterruptedRunError (a KeyboardInterrupt) after Ctrl-C.
+    Raises: LoRAError for whatever the user can mend; InterruptedRunError (a KeyboardInterrupt) after Ctrl-C, and
+        TerminatedRunError, which is one, after SIGTERM.
     """
     for package in NEEDED:
         if find_spec(package) is None:
             raise LoRAError(f"training needs the package {package}. Run: pip install 'lora-twin[train]'")
     backend = dispatch.use_backend(config.backend) if config.backend else nullcontext()
-    with quiet(data=True), backend:
-        job = Job(config, console or Console())
-        job.prepare()
-        job.measure_before()
-        job.train()
-        result = job.finish()
-        if on_finished is not None:
-            on_finished(job.model, job.tokenizer)
+    job = Job(config, console or Console())
+    with quiet(data=True), backend, job.stopping.listening():
+        try:
+            job.prepare()
+            job.measure_before()
+            job.train()
+            result = job.finish()
+            if on_finished is not None:
+                on_finished(job.model, job.tokenizer)
+        finally:
+            job.lock.release()
         return result
 
 
@@ -121,7 +98,8 @@ class Job:
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
         self.config, self.console, self.output = config, console, Path(config.output)
-        self.before: dict[str, Any] = {}
+        self.lock, self.stopping = OutputLock(self.output), Stopping()
+        self.stopping.advice = "before the first step: nothing new is saved, and the same command starts again"
         self.seconds = 0.0
 
     def say(self, label: str, text: str) -> None:
@@ -137,12 +115,7 @@ class Job:
     def prepare(self) -> None:
         """Everything that can be refused, cheapest first: the directory, the data, the model, the adapter."""
         config = self.config
-        found = check_output(config)
-        for line in found.passed_over:
-            self.say("resume", line)
-        self.resumed = found.path
-        if config.resume:
-            self.say("resume", f"from {found.path}" if found.path else "no checkpoint yet: starting from the beginning")
+        self.resumed = self.look_into_output()
         self.data = load_data(config)
         with self.working("loading the model"):
             self.model, self.tokenizer = load_model(config)
@@ -151,13 +124,44 @@ class Job:
         torch.manual_seed(config.seed)
         dispatch.inject(self.model, config.lora_config())
         dispatch.for_training(self.model, "none" if config.memory_budget else config.checkpointing)
-        make_output(config)
+        self.claim_output()
         self.build_trainer()
         self.plan()
         clear_output(config)  # from here on an earlier run may be replaced: nothing above has refused
         if config.tensorboard and find_spec("tensorboard") is not None:
             self.trainer.add_callback(tensorboard(self.output / TENSORBOARD))
         self.describe()
+
+    def look_into_output(self) -> Path | None:
+        """Takes the lock of an output directory that is there, tidies up after a dead run, finds what to go on from."""
+        if self.output.is_dir():
+            self.take_lock()
+            with reporting(f"output: what an earlier run left half-done in {self.output} cannot be tidied up"):
+                for note in recover(self.output, is_ours):
+                    self.say("recovered", note)
+        found = check_output(self.config)
+        for line in found.passed_over:
+            self.say("resume", line)
+        if self.config.resume:
+            self.say("resume", f"from {found.path}" if found.path else "no checkpoint yet: starting from the beginning")
+        return found.path
+
+    def claim_output(self) -> None:
+        """Makes the output directory, where it is not there and locked yet."""
+        if not self.lock.held:
+            with reporting(f"output: {self.output} cannot be made"):
+                make_directory(self.output)
+            self.take_lock()
+            if earlier_run(self.output):
+                raise LoRAError(
+                    f"output: another run has come and gone in {self.output} in the meantime. Start again with "
+                    "--resume to go on with it, or give another --output."
+                )
+
+    def take_lock(self) -> None:
+        note = self.lock.take()
+        if note is not None:
+            self.say("recovered", note)
 
     def build_trainer(self) -> None:
         from lora.train.progress import Control, Metrics, ProgressDisplay
@@ -167,13 +171,24 @@ class Job:
         self.control = Control(self.begin)
         self.metrics, self.display = Metrics(self.output / METRICS), ProgressDisplay(self.console)
         callbacks = [self.control, self.metrics, self.display]
-        record = {"settings": config.fixed(), "base": checkpoint.base_fingerprint(self.model)}
+        record: dict[str, Any] = {"settings": config.fixed(), "base": checkpoint.base_fingerprint(self.model)}
         self.trainer = AdapterTrainer(self.model, self.tokenizer, config, self.data, record, callbacks)
         self.metrics.trainer = self.display.trainer = self.trainer
-        record["data"] = self.trainer.fingerprint()
+        self.trainer.before_saving = self.metrics.flush
+        record |= self.trainer.fingerprints() | {"changes": []}
         if self.resumed is not None:
-            checkpoint.check_same_run(self.resumed, record)
-            record["before"] = checkpoint.read_state(self.resumed)["run"]["before"]
+            self.take_up(self.resumed, record)
+
+    def take_up(self, path: Path, record: dict[str, Any]) -> None:
+        """Checks everything about a checkpoint before anything of it is used; carries over what was measured."""
+        allowed = checkpoint.check_same_run(path, record, self.config.allow_changed)
+        checkpoint.check_tensors(self.model, path)
+        for text in allowed:
+            self.say("changed", text)
+        stored, saved = checkpoint.read_state(path)["run"], read_manifest(path)
+        record["changes"] = stored["changes"] + [f"from step {checkpoint.step_of(path)}: {text}" for text in allowed]
+        if all(saved[name] == record[name] for name in ("base", "held_out")):  # else it is measured again
+            record["before"] = stored["before"]
 
     def plan(self) -> None:
         """With a memory budget, chooses each block's checkpointing for the largest batch."""
@@ -207,8 +222,9 @@ class Job:
                 self.say("", f"{part.dropped:,} {what} examples have nothing to learn within them and were dropped")
         for note in self.data.notes:
             self.say("", note)
-        again = config.replace(resume=False, overwrite=False)
-        (self.output / RUN).write_text(as_yaml(again), encoding="utf-8")
+        again = config.replace(resume=False, overwrite=False, allow_changed=())
+        with reporting(f"{self.output / RUN} cannot be written"):
+            replace_file(self.output / RUN, as_yaml(again).encode())
 
     def measure_before(self) -> None:
         """Held-out loss and answers of the model without its adapter."""
@@ -237,6 +253,7 @@ class Job:
     def begin(self, state: Any) -> None:
         """Called by the trainer when its own state is set up."""
         self.metrics.start(state.global_step)
+        self.trainer.order.set_epoch(int(state.epoch or 0))  # accelerate's loader of a resumed epoch may not pass it on
         if self.resumed is not None:
             checkpoint.load_sums(self.trainer, self.resumed)
         elif self.trainer.run["before"]["loss"] is not None:
@@ -244,19 +261,30 @@ class Job:
 
     def train(self) -> None:
         """Trains to the end, or to the step in which the user interrupts."""
+        from lora.train.progress import NothingLeftError
+
         started = time.monotonic()
         try:
-            with on_interrupt(self.control.interrupt):
+            with self.stopping.after_the_step(self.control.interrupt), suppress(NothingLeftError):
                 self.trainer.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
         finally:
             self.display.stop()
             self.seconds = time.monotonic() - started
+        self.stopping.advice = "while the results were being written: --resume completes them from the last checkpoint"
         state = self.trainer.state
-        if self.control.interrupted and state.global_step < state.max_steps:
+        if self.stopping.terminated or (self.control.interrupted and state.global_step < state.max_steps):
             path = self.output / f"checkpoint-{state.global_step}"
-            raise InterruptedRunError(
-                f"interrupted after step {state.global_step} of {state.max_steps}; {path} is saved: "
-                "--resume goes on from there"
+            if not path.exists():  # the signal came after the last step's end
+                self.metrics.flush()
+                checkpoint.save(self.trainer, self.output)
+            kind, word = (
+                (TerminatedRunError, "terminated (SIGTERM)")
+                if self.stopping.terminated
+                else (InterruptedRunError, "interrupted")
+            )
+            raise kind(
+                f"{word} after step {state.global_step} of {state.max_steps}; {path} is saved: --resume goes on from "
+                "there"
             )
 
     # ---- after
@@ -264,7 +292,8 @@ class Job:
     def finish(self) -> TrainResult:
         """Measures again and writes the results."""
         before, prompts = self.trainer.run["before"], self.prompts()
-        save_adapter(self.model, self.output / ADAPTER)
+        with reporting(f"the adapter cannot be written to {self.output}", COMPLETE):
+            write_adapter(self.model, self.output)
         with self.working("measuring the trained model"):
             loss_after = self.held_out_after()
             dispatch.for_inference(self.model)
@@ -273,10 +302,12 @@ class Job:
             Sample(prompt.text, prompt.expected, *pair)
             for prompt, *pair in zip(prompts, before["answers"], answers, strict=True)
         )
-        write_samples(samples, self.output)
-        plot_loss(self.metrics.records, self.output / PLOT, title(self.config, before["loss"], loss_after))
         result = self.result(samples, loss_after)
-        (self.output / RESULT).write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+        with reporting(f"the results cannot be written to {self.output}", COMPLETE):
+            self.metrics.flush()
+            write_samples(samples, self.output)
+            write_plot(self.metrics.records, title(self.config, before["loss"], loss_after), self.output)
+            write_result(result, self.output)
         if loss_after is not None:
             self.say("after", f"held-out loss {loss_after:.4f} (before: {before['loss']:.4f})")
         self.say("saved", f"{result.adapter} ({', '.join(name for name in (METRICS, PLOT, *SAMPLES))} beside it)")
@@ -314,13 +345,18 @@ class Job:
             parameters=parameters.total,
             peak_memory=peak_memory(),
             samples=samples,
+            changes=tuple(self.trainer.run["changes"]),
         )
 
 
 def earlier_run(output: Path) -> list[Path]:
     """What an earlier run has left in the output directory."""
-    written = [RUN, ADAPTER, METRICS, PLOT, RESULT, *SAMPLES, TENSORBOARD]
-    return [path for path in (output / name for name in written) if path.exists()] + checkpoint.checkpoints(output)
+    return [path for path in (output / name for name in WRITTEN) if path.exists()] + checkpoint.checkpoints(output)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a run writes a file or directory of this name."""
+    return name in WRITTEN or checkpoint.NAME.fullmatch(name) is not None
 
 
 def check_output(config: TrainConfig) -> checkpoint.Found:
@@ -337,32 +373,18 @@ def check_output(config: TrainConfig) -> checkpoint.Found:
     return checkpoint.newest(output) if config.resume else checkpoint.Found(None, [])
 
 
-def make_output(config: TrainConfig) -> None:
-    """Makes the output directory."""
-    with writing(Path(config.output)) as output:
-        output.mkdir(parents=True, exist_ok=True)
-
-
 def clear_output(config: TrainConfig) -> None:
     """With `overwrite`, clears an earlier run out of the output directory."""
-    with writing(Path(config.output)) as output:
+    output = Path(config.output)
+    with reporting(f"output: the earlier run in {output} cannot be removed"):
         for path in earlier_run(output) if config.overwrite else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def writing(output: Path) -> Iterator[Path]:
-    """The output directory; what it cannot do becomes a LoRAError."""
-    try:
-        yield output
-    except OSError as error:
-        raise LoRAError(f"output: {output} cannot be written: {error.strerror or error}.") from None
+            remove(path)
 
 
 def load_model(config: TrainConfig) -> tuple[Any, Any]:
     """The base model, on the GPU if there is one, and its tokenizer."""
     cuda = torch.cuda.is_available()
-    names = {"auto": torch.bfloat16 if cuda else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    names = {"auto": torch.bfloat16 if cuda else torch.float32, **models.DTYPES}
     quantization = None if config.quantization == "none" else config.quantization
     device = "cuda:0" if cuda else None
     model, tokenizer = models.load(config.model, quantization=quantization, dtype=names[config.dtype], device=device)
@@ -381,42 +403,12 @@ def check_chat(data: Data, chat: bool) -> None:
         )
 
 
-@contextmanager
-def on_interrupt(handle: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C within the block calls `handle`; the second interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def first(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        handle()
-
-    signal.signal(signal.SIGINT, first)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def tensorboard(directory: Path) -> Any:
     """transformers' own TensorBoard callback, writing to `directory`."""
     from torch.utils.tensorboard import SummaryWriter
 
     integrations: Any = import_module("transformers.integrations")
     return integrations.TensorBoardCallback(SummaryWriter(log_dir=str(directory)))
-
-
-def write_samples(samples: tuple[Sample, ...], output: Path) -> None:
-    """samples.json, and samples.md to read."""
-    parts = ["# The same prompts, before and after training\n"]
-    for number, sample in enumerate(samples, start=1):
-        expected = f"\n**In the data:** {sample.expected}\n" if sample.expected else ""
-        answers = f"**Before:** {sample.before}\n\n**After:** {sample.after}\n{expected}"
-        parts.append(f"## {number}\n\n```text\n{sample.prompt}\n```\n\n{answers}")
-    (output / SAMPLES[0]).write_text("\n".join(parts), encoding="utf-8")
-    (output / SAMPLES[1]).write_text(json.dumps([asdict(s) for s in samples], indent=1), encoding="utf-8")
 
 
 def title(config: TrainConfig, before: float | None, after: float | None) -> str:

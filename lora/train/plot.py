@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 TRAIN, MEAN, HELD_OUT, GRID = "#b8c4d6", "#2f5d9b", "#d1495b", "#e6e6e6"
 SMOOTHED = 15  # the running mean looks back over this fraction of the run
@@ -21,8 +21,8 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return means
 
 
-def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws the records of metrics.jsonl; without a display."""
+def plot_loss(records: Sequence[dict[str, Any]], path: Path | BinaryIO, title: str) -> None:
+    """Draws the records of metrics.jsonl as PNG; without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -51,4 +51,4 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, format="png")

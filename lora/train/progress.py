@@ -17,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from lora.errors import LoRAError
+from lora.train.durable import flush_file, replace_file, reporting
 
 PLAIN_LINES = 20  # lines in a whole run, where there is no terminal
+GO_ON = "The checkpoints are whole: --resume goes on from the newest."
 KEPT = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
 
 
@@ -103,33 +105,44 @@ class Metrics(TrainerCallback):
     def start(self, step: int) -> None:
         """Keeps the lines of an earlier run up to `step`; what came after is done again."""
         self.records = [record for record in read_metrics(self.path) if record["step"] <= step] if step else []
-        self._write("w", self.records)
+        with reporting(f"{self.path} cannot be written"):
+            replace_file(self.path, _lines(self.records))  # a kill here must not cost what it keeps
 
     def add(self, step: int, **values: float) -> None:
         seconds = round(time.monotonic() - self.started, 3)
         record = {"step": step, **values, "tokens": self.trainer.tokens_read, "seconds": seconds}
         self.records.append(record)
-        self._write("a", [record])
+        with reporting(f"{self.path} cannot be written", GO_ON), open(self.path, "ab") as file:
+            file.write(_lines([record]))  # a line that is cut off is left out when it is read
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         values = {name: logs[key] for key, name in KEPT.items() if logs and math.isfinite(logs.get(key, math.nan))}
         if values:
             self.add(state.global_step, **values)
 
-    def _write(self, mode: str, records: list[dict[str, Any]]) -> None:
-        with open(self.path, mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    def flush(self) -> None:
+        """Has the lines so far on the disk: a checkpoint is no use without the lines before it."""
+        with reporting(f"{self.path} cannot be written", GO_ON):
+            flush_file(self.path)
+
+
+def _lines(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that was cut off is left out."""
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return records
+
+
+class NothingLeftError(Exception):
+    """The checkpoint is of the last step: transformers would train one more."""
 
 
 class Control(TrainerCallback):
@@ -142,7 +155,12 @@ class Control(TrainerCallback):
         self.interrupted = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # how often to log, evaluate and save: as asked now, not as then
         self.on_begin(state)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)

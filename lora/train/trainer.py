@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +25,7 @@ from lora.adapter_io import save_adapter
 from lora.errors import LoRAError
 from lora.train import checkpoint
 from lora.train.config import TrainConfig
-from lora.train.data import Data, to_columns
+from lora.train.data import Data, SeededOrder, to_columns
 from lora.train.loss import IGNORED, NextTokenLoss
 
 datasets: Any = import_module("datasets")  # Any: these packages are annotated in parts only
@@ -61,6 +61,7 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
         self.documents = data.documents
         self.prepared: dict[str, Prepared] = {}
         self.tokens_read = self.tokens_learnt = 0
+        self.before_saving: Callable[[], None] = lambda: None
         patched = vars(model).get("forward")
         chat = config.chat_template and bool(tokenizer.chat_template)
         columns = {"chat": chat, "completion_only": config.completion_only}
@@ -108,12 +109,14 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
         )
         return super()._prepare_dataset(whole, processing_class, args, packing, *rest)
 
-    def fingerprint(self) -> str:
-        """A hash of the token numbers and labels that training sees."""
-        digest = hashlib.sha256()
-        for row in self.train_dataset.select_columns(["input_ids", "labels"]):
-            digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
-        return digest.hexdigest()
+    def fingerprints(self) -> dict[str, str | None]:
+        """Hashes of the token numbers and labels that training and evaluation see, for `lora.train.manifest`."""
+        return {"data": fingerprint(self.train_dataset), "held_out": fingerprint(self.eval_dataset)}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SeededOrder:
+        """Our own order, which depends on nothing but the seed and the epoch."""
+        self.order = SeededOrder(self.train_dataset if train_dataset is None else train_dataset, self.config.seed)
+        return self.order
 
     def largest_batch(self) -> dict[str, Tensor]:
         """The longest training examples in one batch, every token of them learnt: no other batch takes more memory."""
@@ -161,8 +164,9 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
     # ---- checkpoints: lora.train.checkpoint instead of pickles of the whole model
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        checkpoint.save(self, Path(self.args.output_dir))
-        checkpoint.rotate(Path(self.args.output_dir), self.config.keep_checkpoints)
+        self.before_saving()
+        saved = checkpoint.save(self, Path(self.args.output_dir))
+        checkpoint.rotate(Path(self.args.output_dir), self.config.keep_checkpoints, saved)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_parameters(self.model, Path(resume_from_checkpoint))
@@ -217,6 +221,16 @@ def arguments(config: TrainConfig) -> Any:
     )
     values._n_gpu = min(values.n_gpu, 1)  # several would be used through DataParallel, which adapters do not survive
     return values
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """A hash of a data set's token numbers and labels."""
+    if dataset is None:
+        return None
+    digest = hashlib.sha256()
+    for row in dataset.select_columns(["input_ids", "labels"]):
+        digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+    return digest.hexdigest()
 
 
 def pieces(batch: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
