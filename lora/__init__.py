@@ -10,7 +10,15 @@ lora.save_adapter(model, "my-adapter")
 """
 
 from lora.adapter_io import load_adapter, save_adapter
-from lora.adapters import adapters, delete_adapter, disable_adapters, set_adapter, trainable_parameters
+from lora.adapters import (
+    adapters,
+    delete_adapter,
+    disable_adapters,
+    loraplus_groups,
+    set_adapter,
+    trainable_parameters,
+    without_adapters,
+)
 from lora.config import LoRAConfig
 from lora.dispatch import (
     add_adapter,
@@ -51,6 +59,7 @@ __all__ = [
     "inject",
     "load",
     "load_adapter",
+    "loraplus_groups",
     "merge",
     "merge_and_eject",
     "ops",
@@ -61,4 +70,5 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "use_backend",
+    "without_adapters",
 ]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lora.adapters import walk
 from lora.config import LoRAConfig
 from lora.errors import LoRAError, did_you_mean
-from lora.layers import is_conv1d
+from lora.layers import AdapterLayer, base_of, is_conv1d
 from lora.nf4_format import NF4_CODES
 from lora.nf4_layer import NF4Linear
 from lora.peft_format import (
@@ -39,7 +39,6 @@ from lora.peft_format import (
     Slot,
     Stored,
     base_name,
-    base_of,
     bias_key,
     from_peft,
     read_header,
@@ -250,7 +249,11 @@ def check_base_model(source: Source) -> None:
     enough = SAME_CODES if loftq else SAME_BASE
     modules = dict(walk(source.model))
     for path, sample in source.record.samples.items():
-        alike = similarity(sample, sampled(modules[path])) if path in modules else 0.0
+        owner, _, parameter = path.rpartition(".")  # of an adapted parameter
+        there = sampled(modules[path]) if path in modules else None
+        if there is None and owner in modules and parameter in base_of(modules[owner])._parameters:
+            there = sampled(modules[owner], parameter)
+        alike = 0.0 if there is None else similarity(sample, there)
         if not alike >= enough:
             also = " LoftQ makes up for what NF4 loses: load the model with quantization='nf4'." if loftq else ""
             raise LoRAError(
@@ -278,13 +281,14 @@ def check_copies(source: Source, values: Mapping[str, Tensor]) -> None:
             )
 
 
-def sampled(module: nn.Module) -> Tensor:
-    """SAMPLED_VALUES evenly spaced numbers of a module's base weight, [out, in] row-major, as float32.
+def sampled(module: nn.Module, parameter: str | None = None) -> Tensor:
+    """SAMPLED_VALUES evenly spaced numbers of a module's base weight, or of `parameter`, row-major, as float32.
 
     Of an NF4 weight only these are decoded.
     """
     base = base_of(module)
-    shape = base.quantised.shape if isinstance(base, NF4Linear) else base.weight.shape
+    name = parameter or (module.parameter if isinstance(module, AdapterLayer) else "weight")
+    shape = base.quantised.shape if isinstance(base, NF4Linear) else getattr(base, name).shape
     index = torch.linspace(0, math.prod(shape) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
     if isinstance(base, NF4Linear):
         quantised = base.quantised
@@ -292,7 +296,7 @@ def sampled(module: nn.Module) -> Tensor:
         pair = quantised.codes[index // 2]
         code = torch.where(index % 2 == 0, pair >> 4, pair & 0x0F)
         return NF4_CODES[code.int().cpu()] * nf4_absmax(quantised)[index // quantised.block_size].cpu()
-    weight: Tensor = base.weight.detach().T if is_conv1d(base) else base.weight.detach()
+    weight: Tensor = base.weight.detach().T if is_conv1d(base) else getattr(base, name).detach()
     return weight[torch.unravel_index(index.to(weight.device), weight.shape)].float().cpu()
 
 

@@ -35,7 +35,7 @@ from lora.adapter_check import (
 )
 from lora.adapters import AdapterState, _require, checked_name, disable_adapters, refresh, state_of, withdraw
 from lora.errors import LoRAError
-from lora.layers import AdapterLayer, LoRAEmbedding, adapter_layers, saved_modules
+from lora.layers import AdapterLayer, LoRAEmbedding, LoRAParameter, adapter_layers, saved_modules
 from lora.peft_format import (
     CONFIG_FILE,
     PICKLE_FILE,
@@ -44,8 +44,11 @@ from lora.peft_format import (
     WEIGHTS_FILE,
     base_name,
     bias_key,
+    packed,
     tensor_key,
     to_peft,
+    unpacked,
+    wrapper_paths,
     write_tensors,
 )
 
@@ -155,14 +158,16 @@ def _gathered(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _tensors_of(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one adapter, by their name in the file."""
     adapted = set()
-    for path, layer in adapter_layers(model):
+    layers = [(path, layer) for path, layer in adapter_layers(model) if name in layer.lora_A]
+    files = wrapper_paths(model, [path for path, layer in layers if isinstance(layer, LoRAParameter)])
+    for path, layer in layers:
         params: dict[str, Tensor] = {role: value.detach() for role, value in layer.adapter_params(name).items()}
         if name in layer.initial_A:
             params["lora_A"] = torch.cat([params["lora_A"], layer.initial_A[name].detach()])  # [2r, in]
             params["lora_B"] = torch.cat([params["lora_B"], -layer.initial_B[name].detach()], dim=1)  # [out, 2r]
         for role, value in params.items():
             adapted.add(path)
-            yield tensor_key(path, role, isinstance(layer, LoRAEmbedding)), value
+            yield tensor_key(files.get(path, path), role, isinstance(layer, LoRAEmbedding)), packed(role, value)
     for path, module in saved_modules(model):
         if name in module.copies:
             yield from ((f"{PREFIX}{path}.{key}", value) for key, value in module.copies[name].state_dict().items())
@@ -308,6 +313,9 @@ def _fill(layer: AdapterLayer, name: str, parts: Mapping[str, Tensor], doubled: 
     """Gives one layer its A, B and magnitude, on the device and in the dtype of those it has."""
     place: dict[str, Any] = {"device": layer.lora_A[name].device, "dtype": layer.lora_A[name].dtype}
     lora_A, lora_B = parts["lora_A"].to(**place), parts["lora_B"].to(**place)
+    if layer.lora_A[name].dim() == 3:
+        experts = len(layer.lora_A[name])
+        lora_A, lora_B = unpacked("lora_A", lora_A, experts), unpacked("lora_B", lora_B, experts)
     if doubled:
         (lora_A, initial_A), (lora_B, initial_B) = lora_A.chunk(2), lora_B.chunk(2, dim=1)
         lora_A, lora_B = lora_A.clone(), lora_B.contiguous()

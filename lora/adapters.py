@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.errors import LoRAError, did_you_mean
-from lora.layers import AdapterLayer, LoRALinear, SavedModule, adapter_layers, saved_modules
+from lora.layers import (
+    AdapterLayer,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAParameter,
+    SavedModule,
+    adapter_layers,
+    base_of,
+    saved_modules,
+)
 from lora.nf4_layer import NF4Linear
 
 SHARED_INPUTS = (  # one mask seed each
@@ -146,6 +156,66 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         use_trained_biases(model, trained)
 
 
+class WithoutAdapters(nn.Module):
+    """What `without_adapters` returns. It owns no parameter: whoever moves, trains or saves it changes nothing."""
+
+    whole: Any  # the model
+    part: str  # the path in it of what a call runs
+
+    def __init__(self, model: nn.Module, part: str = "") -> None:
+        super().__init__()
+        vars(self).update(whole=model, part=part)  # not as a child, which would have its parameters and its mode
+        self.eval()
+
+    @property
+    def config(self) -> Any:
+        return self.whole.config
+
+    @property
+    def base_model(self) -> WithoutAdapters:
+        """The model without its output head, adapters off, too."""
+        name = self.whole.base_model_prefix
+        return self if self.part == name else WithoutAdapters(self.whole, name)
+
+    def get_output_embeddings(self) -> Any:
+        """The output head of the base model, not what an adapter made of it."""
+        return base_of(self.whole.get_output_embeddings())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        training = [module for module in self.whole.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False  # no dropout of the model's own either
+            with disable_adapters(self.whole):
+                return self.whole.get_submodule(self.part)(*args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
+
+
+def without_adapters(model: nn.Module) -> WithoutAdapters:
+    """The base model as a module of its own, in eval mode and without a second copy of any weight.
+
+    For what wants a reference policy beside the model in training: `trl.DPOTrainer(model,
+    ref_model=lora.without_adapters(model), ...)`. A call runs `model` itself with its adapters, trained modules and
+    trained biases off, as `disable_adapters` does, in eval mode, and puts everything back. Not for `generate`: use
+    `with lora.disable_adapters(model)` there.
+
+    Raises: LoRAError where the model carries no adapters, or one on its output head: a trainer that takes the head's
+    weight for itself would leave that adapter out, and never train it.
+    """
+    state_of(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, AdapterLayer):
+        path = next(path for path, module in model.named_modules() if module is head)
+        raise LoRAError(
+            f"{path}, the output head, carries adapters ({', '.join(head.adapter_names)}), which trainers with a "
+            "reference model never call: they multiply by its weight. Leave it out of target_modules, or name it in "
+            "modules_to_save."
+        )
+    return WithoutAdapters(model)
+
+
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """The parameters that require grad, for an optimizer: `AdamW(lora.trainable_parameters(model))`.
 
@@ -159,6 +229,43 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
             if parameter is not module.bias:
                 stored.pop(id(parameter), None)
     return TrainableParameters(trainable, sum(stored.values()) + sum(m.in_features * m.out_features for m in quantised))
+
+
+def loraplus_groups(
+    model: nn.Module, lr: float, ratio: float = 16.0, *, embedding_lr: float = 1e-6, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups for LoRA+, for an optimizer: `AdamW(lora.loraplus_groups(model, lr=1e-4))`.
+
+    B starts at zero and reads A's small output, so it should move faster: lr_B = ratio · lr_A (Hayou et al. 2024,
+    eq. 8). In PEFT's groups: adapted embeddings have a rate of their own, in which A and B change places; what is no
+    matrix (DoRA's magnitude, trained biases) moves with B; modules trained in full move with A.
+
+    Args:
+        lr: of A. ratio: of the two rates, 1 or more; the paper found 16 good for hard tasks.
+        weight_decay: of matrices; vectors have none.
+
+    Returns: dicts with "name", "params", "lr" and "weight_decay", without those that would be empty.
+    Raises: LoRAError for a rate, ratio or decay out of range, or where nothing trains.
+    """
+    for name, value, least in (("lr", lr, 0), ("ratio", ratio, 1), ("embedding_lr", embedding_lr, 0)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+            raise LoRAError(f"{name} is {value!r}, expected a finite number of at least {least}.")
+    tables = {
+        id(p) for _, layer in adapter_layers(model) if isinstance(layer, LoRAEmbedding) for p in layer.parameters()
+    }
+    fast = {id(p) for _, layer in adapter_layers(model) for p in layer.lora_B.parameters()}
+    rates = {"A": lr, "embedding": embedding_lr, "B": lr * ratio, "vectors": lr * ratio}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for parameter in trainable_parameters(model):
+        name = "B" if id(parameter) in fast else "vectors" if parameter.dim() == 1 else "A"
+        members["embedding" if id(parameter) in tables else name].append(parameter)
+    if not any(members.values()):
+        raise LoRAError(f"nothing trains in this {type(model).__name__}: call lora.inject or lora.set_adapter first.")
+    return [
+        {"name": name, "params": group, "lr": rates[name], "weight_decay": 0.0 if name == "vectors" else weight_decay}
+        for name, group in members.items()
+        if group
+    ]
 
 
 def refresh(model: nn.Module) -> None:
@@ -192,9 +299,9 @@ def exchange_weights(layer: AdapterLayer) -> None:
     if layer.merged is None:
         raise TypeError("the layer is not merged")
     for name, original in layer.merged.original.items():
-        current = layer.base_layer.get_parameter(name)
+        current = layer.owner.get_parameter(name)
         original.data = original.data.to(current.device)
-        setattr(layer.base_layer, name, original)
+        setattr(layer.owner, name, original)
         layer.merged.original[name] = current
 
 
@@ -224,15 +331,27 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 def unwrap(model: nn.Module, which: Callable[[AdapterLayer | SavedModule], bool]) -> None:
     """Puts the base module back in place of each wrapper that `which` is true of."""
     for path, module in list(walk(model)):
-        if isinstance(module, (AdapterLayer, SavedModule)) and which(module):
-            put(model, path, module.base_layer)
+        if isinstance(module, (AdapterLayer, SavedModule)):
+            left = _unwrapped(module, which)
+            if left is not module:
+                put(model, path, left)
+
+
+def _unwrapped(module: Any, which: Callable[[AdapterLayer | SavedModule], bool]) -> Any:
+    """What is left of a wrapper, and of those inside it, without the ones that `which` is true of."""
+    if isinstance(module, LoRAParameter):
+        module.base_layer = _unwrapped(module.base_layer, which)
+    elif not isinstance(module, (AdapterLayer, SavedModule)):
+        return module
+    return module.base_layer if which(module) else module
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Takes one adapter's parameters out, and every wrapper that is left with none."""
     for _, module in walk(model):
         if isinstance(module, AdapterLayer):
-            module.remove_adapter(adapter_name)
+            for layer in module.chain if isinstance(module, LoRAParameter) else (module,):
+                layer.remove_adapter(adapter_name)
         elif isinstance(module, SavedModule) and adapter_name in module.copies:
             del module.copies[adapter_name]
     unwrap(model, lambda module: not module.adapter_names)
@@ -255,7 +374,7 @@ def checked_name(name: str) -> str:
     """An adapter name that can be a key and a directory: letters, digits, "_" and "-"."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
         raise LoRAError(f"adapter_name is {name!r}, expected letters, digits, '_' and '-' only.")
-    if hasattr(nn.ParameterDict, name):
+    if hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict(), name):
         raise LoRAError(f"adapter_name is {name!r}, which torch's ParameterDict needs for itself: choose another.")
     return name
 

@@ -38,7 +38,9 @@ class LoRAConfig:
         exclude_modules: modules left out, in `target_modules`' notation.
         layers_to_transform: only these layer numbers; `layers_pattern` names the list they are counted in.
         modules_to_save: modules trained in full, beside the adapters, and saved with them.
-        target_parameters: parameters (not modules) to adapt; not built yet, and `inject` refuses it.
+        target_parameters: parameters, by a whole path or its end, of modules that are no linear layers: a mixture's
+            stacked experts ("experts.gate_up_proj"), a router ("gate.weight"). `exclude_modules` and
+            `layers_to_transform` speak of modules only, as in PEFT; `target_modules` may then be empty.
 
     Raises: LoRAError that names the field, what was found, and what is expected.
     """
@@ -66,6 +68,8 @@ class LoRAConfig:
         self._check_dropout()
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
             object.__setattr__(self, name, _checked_names(name, getattr(self, name)))
+        if not self.target_modules and not self.target_parameters:
+            raise LoRAError("target_modules is empty, expected at least one module name or 'all-linear'.")
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):
             object.__setattr__(self, name, _checked_pattern(name, getattr(self, name), check))
         self._check_layers()
@@ -204,8 +208,6 @@ def _checked_names(field_name: str, names: object) -> str | tuple[str, ...] | No
         return names
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in names):
         raise LoRAError(f"{field_name} is {names!r}, expected a string or a list of module names.")
-    if not names and field_name == "target_modules":
-        raise LoRAError("target_modules is empty, expected at least one module name or 'all-linear'.")
     return tuple(sorted(names)) if isinstance(names, (set, frozenset)) else tuple(names)
 
 

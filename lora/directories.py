@@ -25,7 +25,7 @@ from lora import dispatch, models
 from lora.adapter_io import load_adapter
 from lora.adapters import trainable_parameters, walk
 from lora.errors import LoRAError
-from lora.layers import AdapterLayer, SavedModule, adapter_layers
+from lora.layers import AdapterLayer, LoRAParameter, SavedModule, adapter_layers
 from lora.nf4_layer import NF4Linear
 from lora.reference.linear import dense_weight
 from lora.reference.merge import merge_layer
@@ -78,7 +78,8 @@ def merge_directory(
     count = len(list(adapter_layers(model)))
     untied = _unties(model)
     with replaced(target) as directory:
-        if getattr(model, "_weight_conversions", None):  # its files call its weights otherwise: transformers knows how
+        parameters = any(isinstance(layer, LoRAParameter) for _, layer in adapter_layers(model))
+        if parameters or getattr(model, "_weight_conversions", None):  # files with other names: transformers knows how
             whole: Any = dispatch.merge_and_eject(model.to(torch.float32))
             whole.to(wanted).save_pretrained(directory)
             tokenizer.save_pretrained(directory)

@@ -175,11 +175,15 @@ def explain(model: nn.Module) -> str:
 
 def _implementation(name: str, layer: Any) -> tuple[str, str]:
     """Which implementation runs an adapted layer, and why; what else there is to know about it."""
+    from lora.layers import LoRAParameter
+
     state = ""
     if layer.merged is not None:
         state = f"; {', '.join(layer.merged.adapters)} merged: the base product alone"
     elif not layer.groups():
         state = "; no active adapter here: the base product alone"
+    if isinstance(layer, LoRAParameter):
+        return "its own", "its module runs with W + s B A in W's place" + state
     if name == "reference":
         return "reference", "chosen" + state
     reasons = _module("fast.support").reasons(layer.projection_of(group) for group in layer.groups() or [()])

@@ -35,17 +35,18 @@ def add_parameters(layer: AdapterLayer, path: str, config: LoRAConfig, name: str
     """Gives `layer` an adapter called `name`, initialised as `config` says."""
     base = layer.base_projection()
     table = isinstance(layer, LoRAEmbedding)
-    out_features, in_features = base.weight.shape[::-1] if table else base.weight.shape
+    *experts, out_features, in_features = base.weight.shape[::-1] if table else base.weight.shape
     rank, scaling = config.rank_of(path), config.scaling_of(path)
     device = base.weight.codes.device if not isinstance(base.weight, Tensor) else base.weight.device
-    lora_A, lora_B = torch.empty(rank, in_features), torch.empty(out_features, rank)
+    lora_A, lora_B = torch.empty(*experts, rank, in_features), torch.empty(*experts, out_features, rank)
 
     if device.type != "meta":
         init = config.init_lora_weights
         if init in ("pissa", "olora", "loftq") or str(init).startswith("pissa_"):
             lora_A, lora_B = _from_weight(layer, path, str(init), rank, scaling)
         else:
-            _fill_at_random(lora_A, lora_B, init, path, table)
+            for A, B in zip(lora_A, lora_B, strict=True) if experts else ((lora_A, lora_B),):
+                _fill_at_random(A, B, init, path, table)
 
     base = layer.base_projection()  # loftq has replaced it
     dtype = adapter_dtype(base)
@@ -55,7 +56,7 @@ def add_parameters(layer: AdapterLayer, path: str, config: LoRAConfig, name: str
         layer.initial_A[name] = nn.Parameter(layer.lora_A[name].detach().clone(), requires_grad=False)
         layer.initial_B[name] = nn.Parameter(layer.lora_B[name].detach().clone(), requires_grad=False)
     layer.scaling[name] = scaling
-    layer.dropout[name] = 0.0 if table else config.lora_dropout
+    layer.dropout[name] = nn.Dropout(0.0 if table else config.lora_dropout)
     if config.use_dora:
         layer.lora_magnitude[name] = nn.Parameter(_start_magnitude(layer, name).to(device, dtype))
 

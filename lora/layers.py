@@ -2,6 +2,7 @@
 
     LoRALinear      around nn.Linear, transformers' Conv1D, or NF4Linear
     LoRAEmbedding   around nn.Embedding
+    LoRAParameter   around any module, for one of its parameters (target_parameters): a mixture's experts
     SavedModule     around a module that is trained in full (modules_to_save)
 
 The wrapped module stays untouched as `base_layer`: its parameters keep their identity, and `eject` puts it back.
@@ -9,16 +10,21 @@ The wrapped module stays untouched as `base_layer`: its parameters keep their id
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lora import dispatch
 from lora.nf4_layer import NF4Linear
 from lora.projection import Dropout, Projection
+
+OUTER = re.compile(r"(\.base_layer)+$")  # the path from the outermost wrapper of a module to one inside it
 
 
 class Update(NamedTuple):
@@ -59,6 +65,7 @@ class AdapterLayer(nn.Module):
     """A frozen base layer with named adapters, of which `active` ones add their updates."""
 
     base_layer: Any  # a module; its attributes are its own class's
+    parameter = "weight"  # what the adapters change, by its name in `owner`
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -69,12 +76,17 @@ class AdapterLayer(nn.Module):
         self.initial_A = nn.ParameterDict()  # what a PiSSA or OLoRA adapter started from, frozen: taken off again,
         self.initial_B = nn.ParameterDict()  # so that its update is s (B A - B0 A0) and W stays as it is
         self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
+        self.dropout = nn.ModuleDict()  # name -> nn.Dropout, which only says p: to turn all dropout off turns this off
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: Merged | None = None
         self.mask_seed, self.leads_mask, self.mask_stream = MaskSeed(), True, 0
         self.train(base_layer.training)
+
+    @property
+    def owner(self) -> Any:
+        """The module of the base model that holds the adapted weight."""
+        return self.base_layer
 
     @property
     def weight(self) -> Any:
@@ -94,12 +106,17 @@ class AdapterLayer(nn.Module):
         roles = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_magnitude": self.lora_magnitude}
         return {role: params[name] for role, params in roles.items() if name in params}
 
+    def dropout_rate(self, name: str) -> float:
+        """The probability with which an adapter's input is dropped in training."""
+        return float(self.dropout[name].p)  # type: ignore[arg-type]
+
     def remove_adapter(self, name: str) -> None:
         for params in (self.lora_A, self.lora_B, self.lora_magnitude, self.initial_A, self.initial_B):
             if name in params:
                 del params[name]
         self.scaling.pop(name, None)
-        self.dropout.pop(name, None)
+        if name in self.dropout:
+            del self.dropout[name]
 
     def base_projection(self) -> Projection:
         raise TypeError(f"{type(self).__name__} does not say how its base layer projects")
@@ -115,7 +132,7 @@ class AdapterLayer(nn.Module):
             return Projection(*base[:2], self.lora_A[name], self.lora_B[name], self.scaling[name], magnitude)
         lora_A, lora_B = zip(*(pair for name in names for pair in self._scaled_pairs(name)), strict=True)
         magnitude = self.lora_magnitude.get(names[0])
-        return Projection(*base[:2], torch.cat(lora_A), torch.cat(lora_B, dim=1), 1.0, magnitude)
+        return Projection(*base[:2], torch.cat(lora_A, dim=-2), torch.cat(lora_B, dim=-1), 1.0, magnitude)
 
     def _scaled_pairs(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.lora_A[name], self.scaling[name] * self.lora_B[name]
@@ -129,7 +146,7 @@ class AdapterLayer(nn.Module):
             if name not in self.lora_A:
                 continue
             alone = name in self.lora_magnitude or not groups or groups[-1][0] in self.lora_magnitude
-            if alone or self.dropout[name] != self.dropout[groups[-1][0]]:
+            if alone or self.dropout_rate(name) != self.dropout_rate(groups[-1][0]):
                 groups.append((name,))
             else:
                 groups[-1] += (name,)
@@ -140,7 +157,7 @@ class AdapterLayer(nn.Module):
         groups = self.groups()
         if not groups:
             return [Update(self.base_projection(), None)]
-        rates = [self.dropout[group[0]] if self.training else 0.0 for group in groups]
+        rates = [self.dropout_rate(group[0]) if self.training else 0.0 for group in groups]
         seed = (self.mask_seed.draw() if self.leads_mask else self.mask_seed.reuse()) if any(rates) else 0
         return [
             Update(self.projection_of(group), Dropout(p, seed, self.mask_stream) if p else None)
@@ -149,12 +166,27 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         state = f", merged={self.merged.adapters}" if self.merged else ""
-        ranks = ", ".join(f"{name}: r={self.lora_A[name].shape[0]}" for name in self.adapter_names)
+        ranks = ", ".join(f"{name}: r={self.lora_A[name].shape[-2]}" for name in self.adapter_names)
         return f"{ranks}, active={self.active}{state}"
 
 
 class LoRALinear(AdapterLayer):
     """h = W x + b + Σ scaling · B A D(x) over the active adapters."""
+
+    is_head = False  # set by `inject` on a model's output head
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight; of an output head in training with a warning, as whoever takes it for a loss of
+        their own (TRL's trainers) leaves the adapter out."""
+        if self.is_head and self.training and torch.is_grad_enabled() and self.groups():
+            warnings.warn(
+                f"the weight of the output head is read past its adapter {', '.join(self.active)}: a loss that "
+                "multiplies by it, as TRL's trainers do, neither uses nor trains that adapter. Leave the head out of "
+                "target_modules, name it in modules_to_save, or train with `lora train`.",
+                stacklevel=2,
+            )
+        return self.base_layer.weight
 
     @property
     def in_features(self) -> int:
@@ -209,6 +241,69 @@ class LoRAEmbedding(AdapterLayer):
         return cast(Tensor, dispatch.ops.lora_embedding(ids, projection, padding_idx=self.padding_idx))
 
 
+class LoRAParameter(AdapterLayer):
+    """W' = W + Σ scaling · B A for one parameter of a module that is no linear layer: experts, a router.
+
+    W is [experts, out_features, in_features] (its last two the other way round where the module says `is_transposed`),
+    or [out_features, in_features]. Each expert has factors of its own: A [experts, r, in_features], B [experts,
+    out_features, r]. The module multiplies by W itself, so it is called with W' in W's place, as PEFT does it: there
+    is no dropout and no DoRA, and in training W' and its gradient are there while the module runs, each as large as W.
+    FLOPs: 2·experts·out·in·r more for W', twice that in the backward.
+
+    Wrappers for several parameters of one module lie around each other.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter: str) -> None:
+        super().__init__(base_layer)
+        self.parameter = parameter
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet
+                raise
+            return getattr(self.base_layer, name)  # model code may read what the module says of itself
+
+    @property
+    def chain(self) -> list[LoRAParameter]:
+        """This wrapper and those inside it, from the outside in."""
+        inner = self.base_layer
+        return [self, *(inner.chain if isinstance(inner, LoRAParameter) else ())]
+
+    @property
+    def owner(self) -> Any:
+        return self.chain[-1].base_layer
+
+    @property
+    def transposed(self) -> bool:
+        """Whether W is stored as [experts, in_features, out_features]."""
+        weight = self.owner.get_parameter(self.parameter)
+        return weight.dim() == 3 and bool(getattr(self.owner, "is_transposed", False))
+
+    def base_projection(self) -> Projection:
+        weight = self.owner.get_parameter(self.parameter)
+        return Projection(weight.mT if self.transposed else weight)
+
+    def adapted(self) -> Tensor:
+        """W' as the module stores W, and in W's dtype, autocast or not: the factors are cast to it."""
+        (group,) = self.groups()
+        weight, _, lora_A, lora_B, scaling, _ = self.projection_of(group)
+        if lora_A is None or lora_B is None or not isinstance(weight, Tensor):
+            raise TypeError("an active adapter has A and B, and NF4 holds matrices only")
+        add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+        with torch.autocast(weight.device.type, enabled=False):
+            adapted = add(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling)
+        return adapted.mT if self.transposed else adapted
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapted = {layer.parameter: layer.adapted() for layer in self.chain if layer.groups()}
+        return functional_call(self.owner, adapted, args, kwargs) if adapted else self.owner(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"parameter={self.parameter}, {super().extra_repr()}"
+
+
 class SavedModule(nn.Module):
     """A module trained in full beside the adapters: a copy for each adapter that asks for one."""
 
@@ -253,10 +348,19 @@ def linear_shape(module: Any) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)
 
 
+def base_of(module: nn.Module) -> Any:
+    """The base module, whether it is wrapped or not."""
+    if isinstance(module, AdapterLayer):
+        return module.owner
+    return module.base_layer if isinstance(module, SavedModule) else module
+
+
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """Every adapted layer with its path; a layer shared by two paths comes once."""
+    """Every adapted layer with its path, or that of the parameter it adapts; a layer shared by two paths comes once."""
     for path, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
+        if isinstance(module, LoRAParameter):
+            yield f"{OUTER.sub('', path)}.{module.parameter}", module
+        elif isinstance(module, AdapterLayer):
             yield path, module
 
 

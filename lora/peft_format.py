@@ -20,7 +20,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from lora.adapters import walk
 from lora.config import LoRAConfig, matches
 from lora.errors import LoRAError, did_you_mean
-from lora.layers import AdapterLayer, SavedModule, is_conv1d, linear_shape
-from lora.reference.inject import match
+from lora.layers import AdapterLayer, LoRAParameter, SavedModule, adapter_layers, base_of, is_conv1d, linear_shape
+from lora.reference.inject import match, match_parameters
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -44,8 +44,7 @@ INFORMATIVE = (  # says nothing about what the adapter computes
 UNSUPPORTED = (  # changes what it computes, unless it is null, false or empty
     "alora_invocation_tokens", "arrow_config", "corda_config", "enable_lora", "ensure_weight_tying", "eva_config",
     "kasa_config", "layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config",
-    "merge_weights", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
-    "velora_config",
+    "merge_weights", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 INERT_STARTS = (True, False, "gaussian", "orthogonal")  # leave the base weights alone, so the tensors say it all
 REPEATED_STARTS = ("pissa", "olora")  # PEFT takes them off the base weights; they follow from those, so do it again
@@ -93,9 +92,36 @@ def bias_key(path: str, adapted: bool) -> str:
     return f"{PREFIX}{path}.base_layer.bias" if adapted else f"{PREFIX}{path}.bias"
 
 
-def base_of(module: nn.Module) -> Any:
-    """The base module, whether it is wrapped or not."""
-    return module.base_layer if isinstance(module, (AdapterLayer, SavedModule)) else module
+def packed(role: str, tensor: Any) -> Tensor:
+    """An adapter's tensor as the file has it: experts' A one below the other, of their B the r first columns of all,
+    then the second of all, and so on.
+
+    [experts, r, in] -> [experts · r, in], [experts, out, r] -> [out, r · experts]; others as they are.
+    """
+    if tensor.dim() == 3:
+        tensor = tensor.flatten(0, 1) if role == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
+    return cast(Tensor, tensor)
+
+
+def unpacked(role: str, tensor: Tensor, experts: int) -> Tensor:
+    """The inverse of `packed`."""
+    if role == "lora_A":
+        return tensor.reshape(experts, -1, tensor.shape[1])
+    return tensor.reshape(len(tensor), -1, experts).permute(2, 0, 1).contiguous()
+
+
+def wrapper_paths(model: nn.Module, parameters: Iterable[str]) -> dict[str, str]:
+    """By which path the file calls each adapted parameter: PEFT puts wrappers around its module in the order in which
+    the module has its parameters, and a wrapper inside another is its `base_layer`."""
+    by_module: defaultdict[str, list[str]] = defaultdict(list)
+    for path in parameters:
+        by_module[path.rpartition(".")[0]].append(path)
+    found: dict[str, str] = {}
+    for path, adapted in by_module.items():
+        order = list(base_of(model.get_submodule(path))._parameters)
+        adapted.sort(key=lambda each: -order.index(each.rpartition(".")[2]))  # the last is the outermost
+        found |= {each: path + ".base_layer" * depth for depth, each in enumerate(adapted)}
+    return found
 
 
 def slots(model: nn.Module, config: LoRAConfig, doubled: bool = False) -> dict[str, Slot]:
@@ -109,7 +135,10 @@ def slots(model: nn.Module, config: LoRAConfig, doubled: bool = False) -> dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `inject` matches again and says it
         targets, saved = match(model, config)
+    parameters = match_parameters(model, config)
     found: dict[str, Slot] = {}
+    for path, file_path in wrapper_paths(model, parameters).items():
+        found |= _parameter_slots(path, file_path, base_of(parameters[path][1]), config.rank_of(path))
     for path, module in _once(targets):
         base = base_of(module)
         table = isinstance(base, nn.Embedding)
@@ -125,6 +154,17 @@ def slots(model: nn.Module, config: LoRAConfig, doubled: bool = False) -> dict[s
     for path, bias in trainable_biases(model, config, set(targets), set(saved)):
         found[bias_key(path, path in targets)] = Slot(path, "bias", "", tuple(bias.shape))
     return found
+
+
+def _parameter_slots(path: str, file_path: str, owner: nn.Module, rank: int) -> dict[str, Slot]:
+    """A and B of one adapted parameter: see `packed`."""
+    weight = owner.get_parameter(path.rpartition(".")[2])
+    *experts, fan_out, fan_in = weight.shape
+    if experts and getattr(owner, "is_transposed", False):
+        fan_out, fan_in = fan_in, fan_out
+    total = rank * math.prod(experts)
+    shapes = {"lora_A": (total, fan_in), "lora_B": (fan_out, total)}
+    return {tensor_key(file_path, role): Slot(path, role, "", shape) for role, shape in shapes.items()}
 
 
 def trainable_biases(
@@ -148,7 +188,9 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str, doubled: bo
     The names are those that were adapted, so exclude_modules and layers_to_transform have done their part and are
     null. A doubled rank keeps alpha / r (rsLoRA: alpha / sqrt(r)) by a larger alpha.
     """
-    adapted = [path for path, m in walk(model) if isinstance(m, AdapterLayer) and adapter_name in m.lora_A]
+    wrappers = [(path, m) for path, m in walk(model) if isinstance(m, AdapterLayer)]
+    adapted = [path for path, m in wrappers if adapter_name in m.lora_A and not isinstance(m, LoRAParameter)]
+    stacks = [path for path, m in adapter_layers(model) if isinstance(m, LoRAParameter) and adapter_name in m.lora_A]
     saved = [path for path, m in walk(model) if isinstance(m, SavedModule) and adapter_name in m.copies]
     bases = [base_of(model.get_submodule(path)) for path in adapted]
     more, rank = (math.sqrt(2) if config.use_rslora else 2, 2) if doubled else (1, 1)
@@ -171,6 +213,7 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str, doubled: bo
         "rank_pattern": {key: r * rank for key, r in config.rank_pattern.items()},
         "revision": None,
         "target_modules": compact(adapted, list(_all_paths(model))),
+        "target_parameters": _compact_parameters(stacks, model),
         "task_type": "CAUSAL_LM" if is_causal_lm(model) else None,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
@@ -191,14 +234,22 @@ def compact(adapted: Sequence[str], everything: Sequence[str]) -> list[str] | st
     return "|".join(re.escape(path) for path in adapted)
 
 
+def _compact_parameters(adapted: Sequence[str], model: nn.Module) -> list[str] | None:
+    """As `compact`, for target_parameters, which knows no regular expressions."""
+    everything = [f"{path}.{name}" for path, module in walk(model) for name in base_of(module)._parameters]
+    names = compact(adapted, everything)
+    return (sorted(adapted) if isinstance(names, str) else names) or None
+
+
 def from_peft(fields: Mapping[str, Any], model: nn.Module) -> LoRAConfig:
     """The LoRAConfig that means what PEFT's config means for `model`.
 
     Raises: LoRAError for what is no LoRA config, and for every field that asks for something not built here.
     """
     check_fields(fields)
-    values = {name: fields[name] for name in OURS if fields.get(name) is not None and name != "target_parameters"}
-    for name in ("layers_to_transform", "layers_pattern", "modules_to_save", "exclude_modules"):
+    values = {name: fields[name] for name in OURS if fields.get(name) is not None}
+    values.setdefault("target_modules", [])  # null, beside target_parameters
+    for name in ("layers_to_transform", "layers_pattern", "modules_to_save", "exclude_modules", "target_parameters"):
         if name in values and values[name] in ([], ""):
             del values[name]  # to PEFT, empty is none
     if "modules_to_save" in values:
@@ -232,7 +283,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
                 f"{name} is {value!r}, a feature of PEFT that changes what the adapter computes and is not built "
                 "here; expected it to be absent, null or false. Load this adapter with PEFT."
             )
-    if not fields.get("target_modules"):
+    if not fields.get("target_modules") and not fields.get("target_parameters"):
         raise LoRAError(
             f"target_modules is {fields.get('target_modules')!r}, expected the names of the adapted modules: add them."
         )

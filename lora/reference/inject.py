@@ -33,14 +33,26 @@ from lora.adapters import (
 from lora.config import LoRAConfig, key_matches, layer_number, matches
 from lora.errors import LoRAError, did_you_mean
 from lora.initialise import add_parameters
-from lora.layers import AdapterLayer, LoRAEmbedding, LoRALinear, SavedModule, is_conv1d, linear_shape
+from lora.layers import (
+    AdapterLayer,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAParameter,
+    SavedModule,
+    base_of,
+    is_conv1d,
+    linear_shape,
+)
 from lora.nf4_layer import NF4Linear
+from lora.saving import attach, detach
 
 HEADS = ("score", "classifier")  # what transformers calls the head of a sequence classifier
 
 
 def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
     """Freezes `model` and puts an adapter beside each module `config` names, in place.
+
+    Until `eject`, `model.save_pretrained(directory)`, which trainers call, writes the adapters: see `lora.saving`.
 
     Returns: the same model. Raises: LoRAError, leaving the model as it was, where the config does not fit.
     """
@@ -62,6 +74,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
         raise
     state_of(model).active = (adapter_name,)
     refresh(model)
+    attach(model)
     return model
 
 
@@ -78,6 +91,7 @@ def eject(model: nn.Module) -> nn.Module:
         if path in state.requires_grad and parameter.is_floating_point():  # not what "loftq" has quantised
             parameter.requires_grad_(state.requires_grad[path])
     del model.lora_state
+    detach(model)
     return model
 
 
@@ -94,7 +108,9 @@ def add_adapter(model: nn.Module, config: LoRAConfig, adapter_name: str) -> nn.M
     if checked_name(adapter_name) in state.configs:
         raise LoRAError(f"there is already an adapter {adapter_name!r}: choose another name, or delete it first.")
     targets, saved = match(model, config)
+    parameters = match_parameters(model, config)
     _check_fit(state, config, targets, saved)
+    _check_parameters(config, parameters)
     wrapped: dict[nn.Module, AdapterLayer | SavedModule] = {}  # base module -> its wrapper, made here
     try:
         for path, module in targets.items():
@@ -111,6 +127,7 @@ def add_adapter(model: nn.Module, config: LoRAConfig, adapter_name: str) -> nn.M
                 wrapped[module] = keep
             if isinstance(keep, SavedModule) and adapter_name not in keep.copies:
                 keep.copies[adapter_name] = copy.deepcopy(keep.base_layer)
+        _wrap_parameters(model, config, parameters, adapter_name)
         _remember_biases(model, config, targets, adapter_name)
     except BaseException:
         for module, wrapper in wrapped.items():
@@ -118,6 +135,9 @@ def add_adapter(model: nn.Module, config: LoRAConfig, adapter_name: str) -> nn.M
         withdraw(model, adapter_name)
         raise
     share_mask_seeds(model)
+    for head in output_heads(model):
+        if isinstance(head, LoRALinear):
+            head.is_head = True
     state.configs[adapter_name] = config
     refresh(model)
     return model
@@ -128,8 +148,6 @@ def match(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], d
 
     Raises: LoRAError for a name that matches nothing, with the nearest names, or only what cannot be adapted.
     """
-    if config.target_parameters:
-        raise LoRAError(f"target_parameters={list(config.target_parameters)}: only modules can be adapted so far.")
     modules = {path: module for path, module in walk(model) if path}
     for name in ("modules_to_save", "exclude_modules"):
         _check_used(name, getattr(config, name), modules)
@@ -140,19 +158,80 @@ def match(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], d
         for path, module in modules.items()
         if not _inside(path, saved) and not matches(config.exclude_modules, path)
     }
-    targets = _linear_layers(model, pool) if config.target_modules == "all-linear" else _named(config, pool, modules)
-    if not targets:
+    if config.target_modules == "all-linear":
+        targets = _linear_layers(model, pool)
+        _tell_of_experts(model, config)
+    else:
+        targets = _named(config, pool, modules)
+    if not targets and config.target_modules:
         raise LoRAError(f"target_modules={config.target_modules!r} matches no module.{_offer(modules)}")
     targets = _in_layers(config, targets)
+    _check_patterns(config, [*targets, *match_parameters(model, config)])
+    return targets, saved
+
+
+def match_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[str, nn.Module]]:
+    """The parameters that `target_parameters` names: the path of each -> its module's path, and that module.
+
+    Raises: LoRAError for a name that matches nothing, with the nearest names, or what cannot be adapted in this way.
+    """
+    names = config.target_parameters or ()
+    everything: dict[str, tuple[str, nn.Module]] = {}
+    for path, module in walk(model) if names else ():
+        owner = base_of(module)
+        everything |= {
+            f"{path}.{name}".strip("."): (path, module) for name, p in owner._parameters.items() if p is not None
+        }
+    for name in names:
+        found = [key for key in everything if matches((name,), key)]
+        for key in found:
+            reason = _parameter_refusal(*everything[key], key.rpartition(".")[2], config)
+            if reason:
+                raise LoRAError(f"target_parameters names {name!r}, but {key} {reason}")
+        if not found:
+            stacked = [key for key, (_, m) in everything.items() if _is_stack(m, base_of(m)._parameters[_end(key)])]
+            ends = sorted({".".join(key.split(".")[-2:]) for key in stacked})
+            there = (
+                f" Stacked parameters end in: {', '.join(ends)}." if ends else " The model has no stacked parameters."
+            )
+            hint = did_you_mean(name, [*ends, *everything])
+            raise LoRAError(f"target_parameters names {name!r}, which matches no parameter.{hint}{there}")
+    return {key: place for key, place in everything.items() if matches(names, key)}
+
+
+def _end(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _parameter_refusal(path: str, module: nn.Module, name: str, config: LoRAConfig) -> str | None:
+    """Why this parameter cannot be adapted as one; None where it can."""
+    owner = base_of(module)
+    shape = tuple(owner._parameters[name].shape)
+    if not path:
+        return "is a parameter of the model itself, which no wrapper can go around: put it into a module."
+    if isinstance(module, SavedModule) or matches(config.modules_to_save, path):
+        return "is trained in full by modules_to_save: choose one of the two."
+    if name == "weight" and why_not(owner) is None:
+        return f"is the weight of a {type(owner).__name__}: name the module in target_modules."
+    if "forward" in vars(owner):
+        return "belongs to a module with a forward of its own (an offloading hook, say), which an adapter would bypass."
+    if len(shape) not in (2, 3) or not owner._parameters[name].is_floating_point():
+        return (
+            f"is {owner._parameters[name].dtype} {list(shape)}, expected floating-point numbers in 2 or 3 dimensions."
+        )
+    return None
+
+
+def _check_patterns(config: LoRAConfig, adapted: Sequence[str]) -> None:
+    """Raises LoRAError for a key of `rank_pattern` or `alpha_pattern` that matches nothing that is adapted."""
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
-            if not any(key_matches(key, path) for path in targets):
-                ends = {path.rsplit(".", 1)[-1] for path in targets}
+            if not any(key_matches(key, path) for path in adapted):
+                ends = {_end(path) for path in adapted}
                 raise LoRAError(
-                    f"{name} has the key {key!r}, which matches none of the {len(targets)} adapted modules."
-                    f"{did_you_mean(key, {*ends, *targets})} They end in: {', '.join(sorted(ends))}."
+                    f"{name} has the key {key!r}, which matches none of the {len(adapted)} adapted modules."
+                    f"{did_you_mean(key, {*ends, *adapted})} They end in: {', '.join(sorted(ends))}."
                 )
-    return targets, saved
 
 
 def _inside(path: str, outer: Iterable[str]) -> bool:
@@ -196,6 +275,25 @@ def _linear_layers(model: nn.Module, pool: dict[str, nn.Module]) -> dict[str, nn
         else:
             targets[path] = module
     return targets
+
+
+def _tell_of_experts(model: nn.Module, config: LoRAConfig) -> None:
+    """Warns where "all-linear" finds matrices stacked in one parameter, which are no layers, and nothing names them."""
+    if config.target_parameters:
+        return
+    stacked = [
+        f"{path}.{name}"
+        for path, module in walk(model)
+        for name, parameter in base_of(module)._parameters.items()
+        if parameter is not None and _is_stack(module, parameter)
+    ]
+    if stacked:
+        ends = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in stacked))
+        warnings.warn(
+            f"target_modules='all-linear' leaves {len(stacked)} parameters out that hold several matrices each "
+            f"({stacked[0]}, ...): to adapt them too, give target_parameters={ends}.",
+            stacklevel=4,
+        )
 
 
 def _named(config: LoRAConfig, pool: dict[str, nn.Module], modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -243,6 +341,12 @@ def _offer(modules: dict[str, nn.Module], entry: str = "") -> str:
     return f"{hint} {listed}"
 
 
+def _is_stack(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds several matrices, as a mixture's experts do."""
+    other = isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.Bilinear))
+    return parameter.dim() == 3 and len(parameter) > 1 and not other
+
+
 def _in_layers(config: LoRAConfig, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The targets in the layers to transform; a target listed by its whole path stays, as in PEFT."""
     wanted = config.layers_to_transform
@@ -283,7 +387,7 @@ def _check_fit(
             )
         if isinstance(module, AdapterLayer) and module.merged:
             raise LoRAError(f"{path} has adapters merged: call lora.unmerge(model) before adding another.")
-    if config.lora_dropout and all(_is_embedding(module) for module in targets.values()):
+    if config.lora_dropout and targets and all(_is_embedding(module) for module in targets.values()):
         raise LoRAError(f"lora_dropout is {config.lora_dropout}, but only embeddings are adapted, and they have none.")
     if config.bias != "none" and state.biases_trained:
         raise LoRAError(
@@ -296,6 +400,48 @@ def _check_fit(
             raise LoRAError(f"modules_to_save names {path}, which is quantised and cannot train: leave it in 16 bits.")
 
 
+def _check_parameters(config: LoRAConfig, parameters: dict[str, tuple[str, nn.Module]]) -> None:
+    """Whatever of the config adapted parameters cannot honour: see `LoRAParameter`."""
+    starts = (True, False, "gaussian")
+    for path, (_, module) in parameters.items():
+        *_, fan_out, fan_in = base_of(module)._parameters[_end(path)].shape
+        if config.rank_of(path) > min(fan_out, fan_in):
+            raise LoRAError(
+                f"{path} would get r={config.rank_of(path)}, but its matrices are {fan_out} x {fan_in}: r must be at "
+                f"most {min(fan_out, fan_in)} there. Lower r, or give the parameter a rank of its own in rank_pattern."
+            )
+        for field, value, wanted in (
+            ("lora_dropout", config.lora_dropout, config.lora_dropout == 0),
+            ("use_dora", config.use_dora, not config.use_dora),
+            ("init_lora_weights", config.init_lora_weights, config.init_lora_weights in starts),
+        ):
+            if not wanted:
+                raise LoRAError(
+                    f"{field} is {value!r}, but {path} is adapted as a parameter (target_parameters), whose module "
+                    f"multiplies by W + s B A itself: expected no dropout, no DoRA and a start of {starts}. Change it, "
+                    "or adapt linear layers only."
+                )
+        if isinstance(module, LoRAParameter) and any(layer.merged for layer in module.chain):
+            raise LoRAError(f"{path} has adapters merged: call lora.unmerge(model) before adding another.")
+
+
+def _wrap_parameters(
+    model: nn.Module, config: LoRAConfig, parameters: dict[str, tuple[str, nn.Module]], adapter_name: str
+) -> None:
+    """Puts a LoRAParameter around the module of each parameter, where there is none for it yet."""
+    around: dict[nn.Module, nn.Module] = {}  # the module at a path, as it was -> what is there now
+    for key, (path, module) in parameters.items():
+        current, name = around.get(module, module), _end(key)
+        chain = current.chain if isinstance(current, LoRAParameter) else []
+        layer = next((each for each in chain if each.parameter == name), None)
+        if layer is None:
+            layer = current = LoRAParameter(current, name)
+        if adapter_name not in layer.lora_A:  # else shared by two paths
+            add_parameters(layer, key, config, adapter_name)
+        around[module] = current
+        put(model, path, current)
+
+
 def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, (nn.Embedding, LoRAEmbedding))
 
@@ -306,8 +452,7 @@ def _remember_biases(model: nn.Module, config: LoRAConfig, targets: dict[str, nn
         return
     biases: dict[str, Bias] = {}
     for path, module in walk(model):
-        base = module.base_layer if isinstance(module, (AdapterLayer, SavedModule)) else module
-        bias = base._parameters.get("bias")
+        bias = base_of(module)._parameters.get("bias")
         if any(bias is known.parameter for known in biases.values()):
             continue  # shared by two paths
         if bias is not None and not isinstance(module, SavedModule) and (config.bias == "all" or path in targets):

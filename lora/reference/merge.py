@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.adapters import exchange_weights, restore_weights, state_of
 from lora.errors import LoRAError
-from lora.layers import AdapterLayer, LoRAEmbedding, Merged, SavedModule, adapter_layers, is_conv1d
+from lora.layers import AdapterLayer, LoRAEmbedding, LoRAParameter, Merged, SavedModule, adapter_layers, is_conv1d
 from lora.nf4_layer import NF4Linear
 from lora.projection import Projection
 from lora.reference.dora import dora_gain
@@ -81,8 +81,8 @@ def merge(model: nn.Module, safe: bool = True, requantize: bool = False) -> dict
 @torch.no_grad()
 def merge_layer(layer: AdapterLayer, path: str, safe: bool = True) -> float:
     """Merges one layer's active adapters; returns the relative error of the rounded weight."""
-    table, base = isinstance(layer, LoRAEmbedding), layer.base_layer
-    transposed = table or is_conv1d(base)  # stored [in_features, out_features]
+    table, base = isinstance(layer, LoRAEmbedding), layer.owner
+    transposed = table or is_conv1d(base) or (isinstance(layer, LoRAParameter) and layer.transposed)
     groups = layer.groups()
     projections = [_as_matrix(layer.projection_of(group), table) for group in groups]
     exact = merged_in_float(projections[0])  # [out, in]
@@ -101,9 +101,9 @@ def merge_layer(layer: AdapterLayer, path: str, safe: bool = True) -> float:
         stored = dense_weight(new, exact.dtype)
         replacement = dict(NF4Linear.from_quantised(new, None).named_parameters())
     else:
-        stored = exact.to(base.weight.dtype)
-        weight = stored.T.contiguous() if transposed else stored
-        replacement = {"weight": nn.Parameter(weight, requires_grad=False)}
+        stored = exact.to(base.get_parameter(layer.parameter).dtype)
+        weight = stored.mT.contiguous() if transposed else stored  # some are stored [in_features, out_features]
+        replacement = {layer.parameter: nn.Parameter(weight, requires_grad=False)}
     if safe and not bool(torch.isfinite(stored).all()):
         raise LoRAError(
             f"merging {list(layer.active)} into {path} gives {int((~torch.isfinite(stored)).sum())} weights that are "
