@@ -64,7 +64,7 @@ def run(session: Session) -> None:
 
 
 def profile_steps(session: Session, model: nn.Module, parameters: list[Tensor], sequences: int) -> None:
-    """A row for each kind of kernel, one for the device's idle time, one for the clock."""
+    """A row for each kind of kernel, one for the device's idle time; the clock in the step's note."""
     cuda = session.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=cuda)
     ids = token_ids(session, sequences, session.shapes.sequence)
@@ -96,6 +96,8 @@ def profile_steps(session: Session, model: nn.Module, parameters: list[Tensor], 
     for kind, (seconds, count) in without_small(kinds).items():
         add(kind, seconds / STEPS, f"{count / STEPS:.0f} kernels")
     add("all kernels", busy, f"{busy / wall:.0%} of the step")
+    if cuda:
+        add("nothing, between kernels of the profiled steps", span_seconds(profile.events()) / STEPS - busy)
 
 
 def by_kind(events: Iterable[Any], device: DeviceType) -> dict[str, tuple[float, int]]:
@@ -117,10 +119,20 @@ def by_kind(events: Iterable[Any], device: DeviceType) -> dict[str, tuple[float,
     return {kind: (seconds, int(count)) for kind, (seconds, count) in totals.items()}
 
 
-def device_seconds(events: Iterable[Any]) -> float:
+def device_events(events: Iterable[Any]) -> list[Any]:
     """All that ran on the GPU, whoever launched it."""
-    ran = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    return sum(1e-6 * event.time_range.elapsed_us() for event in ran)
+    return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+
+
+def device_seconds(events: Iterable[Any]) -> float:
+    """How long that took."""
+    return sum(1e-6 * event.time_range.elapsed_us() for event in device_events(events))
+
+
+def span_seconds(events: Iterable[Any]) -> float:
+    """From the first kernel's start to the last one's end."""
+    ranges = [event.time_range for event in device_events(events)]
+    return 1e-6 * (max(r.end for r in ranges) - min(r.start for r in ranges))
 
 
 def without_small(kinds: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from csv import DictWriter
 from dataclasses import asdict
 from pathlib import Path
@@ -99,7 +99,17 @@ def main(arguments: list[str] | None = None) -> None:
     if losses:
         shutil.copyfile(losses[-1], given.output / f"{slug}_losses.csv")
         pictures.append(plots.draw_losses(losses[-1], given.output, slug))
-    (given.output / f"{slug}.md").write_text(page(rows, environments[-1], slug, causes, pictures), encoding="utf-8")
+    (given.output / f"{slug}.md").write_text(
+        page(rows, versions_of(environments), slug, causes, pictures), encoding="utf-8"
+    )
+
+
+def versions_of(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The latest run's environment; what was not there in it, as the latest run that had it says."""
+    found: dict[str, Any] = {}
+    for environment in environments:
+        found |= {k: v for k, v in environment.items() if k not in found or not str(v).startswith(NOT_THERE)}
+    return found
 
 
 def slug_of(card: str) -> str:

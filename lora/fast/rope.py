@@ -52,14 +52,18 @@ def rotated(
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """x ⊙ cos ± R(x) ⊙ sin on the first rot features; each pair's two results are written in place."""
-    rot, sign = cos.shape[-1], -1.0 if inverse else 1.0
+    """x ⊙ cos ± R(x) ⊙ sin on the first rot features; each pair's two results are written in place.
+
+    The sign goes into the table: `addcmul_` rounds otherwise where its factor is -1, on a GPU, and the gradient is the
+    rotation back in every bit.
+    """
+    rot = cos.shape[-1]
     turned = x[..., :rot] * cos
     first, second = halves(turned, interleaved)
     a, b = halves(x[..., :rot], interleaved)
-    sin_a, sin_b = halves(sin, interleaved)
-    first.addcmul_(b.to(turned.dtype), sin_a.to(turned.dtype), value=-sign)
-    second.addcmul_(a.to(turned.dtype), sin_b.to(turned.dtype), value=sign)
+    sin_a, sin_b = halves(sin.to(turned.dtype), interleaved)
+    first.addcmul_(b.to(turned.dtype), sin_a if inverse else -sin_a)
+    second.addcmul_(a.to(turned.dtype), -sin_b if inverse else sin_b)
     turned = turned.to(x.dtype)
     return turned if rot == x.shape[-1] else torch.cat([turned, x[..., rot:]], dim=-1)
 

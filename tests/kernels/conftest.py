@@ -23,6 +23,9 @@ if not ON_GPU:
         )
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products on a GPU ask for
+# PyTorch lets cuBLAS add parts of a product up in 16 bits; the bounds are those of sums in float32 (docs/numerics.md).
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from lora.testing.mutants import Mutant, mutate, run, unchanged
 from lora.testing.mutants.generate import changes_of
 
 ROPE = "lora.fast.rope"
+SIGN, WRONG_SIGN = "sin_a if inverse else -sin_a", "-sin_a if inverse else sin_a"
 TURN = "    first, second = halves(turned, interleaved)\n"
 
 
@@ -26,12 +27,12 @@ def test_the_source_as_it_is_survives() -> None:
 
 
 def test_a_mutant_that_changes_nothing_is_a_survivor() -> None:
-    outcome = run(plain_rope("-1.0 if inverse else 1.0", "1.0 if not inverse else -1.0"))
+    outcome = run(plain_rope(SIGN, "-sin_a if not inverse else sin_a"))
     assert outcome.status == "survived" and not outcome.killed and not outcome.by
 
 
 def test_a_wrong_result_is_killed_by_an_assertion_that_names_the_proof() -> None:
-    outcome = run(plain_rope("value=-sign", "value=sign"))
+    outcome = run(plain_rope(SIGN, WRONG_SIGN))
     assert outcome.killed and outcome.how == "assertion"
     assert outcome.by == "tests/proof/test_rope.py::test_both_backends_are_within_the_bound"
     assert "times its bound" in outcome.message
@@ -75,16 +76,16 @@ def test_text_that_is_not_there_once_is_an_error() -> None:
     with pytest.raises(LoRAError, match="there 2 times"):
         mutate(ROPE, "interleaved, inverse=", "")
     with pytest.raises(LoRAError, match="by itself"):
-        mutate(ROPE, "value=-sign", "value=-sign")
+        mutate(ROPE, SIGN, SIGN)
     with pytest.raises(LoRAError, match=r"no module .lora\.fast\.rpoe"):
         mutate("lora.fast.rpoe", "a", "b")
 
 
 def test_proofs_that_are_not_there_are_an_error() -> None:
     with pytest.raises(LoRAError, match="no such file"):
-        run(mutate(ROPE, "value=-sign", "value=sign", proofs=("tests/proof/test_rpoe.py",)))
+        run(mutate(ROPE, SIGN, WRONG_SIGN, proofs=("tests/proof/test_rpoe.py",)))
     with pytest.raises(LoRAError, match="do not run"):
-        run(mutate(ROPE, "value=-sign", "value=sign", proofs=("tests/proof/test_rope.py::test_no_such",)))
+        run(mutate(ROPE, SIGN, WRONG_SIGN, proofs=("tests/proof/test_rope.py::test_no_such",)))
     with pytest.raises(LoRAError, match=r"nothing is known to prove .lora\.fast\.library"):
         mutate("lora.fast.library", "import math\n", "")
 
@@ -92,7 +93,7 @@ def test_proofs_that_are_not_there_are_an_error() -> None:
 def test_the_working_tree_is_not_written_to() -> None:
     source = Path(lora.__file__).parent / "fast" / "rope.py"
     before = (source.read_bytes(), sorted(source.parents[2].glob("*")))
-    run(plain_rope("value=sign", "value=-sign"))
+    run(plain_rope("-sin_b if inverse else sin_b", "sin_b"))
     assert (source.read_bytes(), sorted(source.parents[2].glob("*"))) == before
 
 

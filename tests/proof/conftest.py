@@ -22,6 +22,9 @@ from lora.fast.nf4 import release_workspaces
 from lora.testing import LEDGER
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products on a GPU ask for
+# PyTorch lets cuBLAS add parts of a product up in 16 bits; the bounds are those of sums in float32 (docs/numerics.md).
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ def rough(x, gain):
 
 def proof() -> dict:
     names: dict = {"__name__": "example"}
-    exec(compile(IMPORTS + EXAMPLE, "docs/proof.md", "exec", dont_inherit=True), names)
+    source = "<the example of docs/proof.md>"  # no file's name: Hypothesis would read the page as Python
+    exec(compile(IMPORTS + EXAMPLE, source, "exec", dont_inherit=True), names)
     return names
 
 

@@ -6,6 +6,7 @@ loss: all through one backend's operations, so that an error that hides in one o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora.fast.runtime import interpreting
 from lora.projection import Dropout, Projection
 from lora.testing.proof import BACKENDS, Maker
 from proof.laws import both, examples
@@ -123,28 +125,33 @@ def test_both_backends_agree_in_float64(device, seed, dropout, dora):
         assert float((one - two).abs().max()) <= 1e-11 * float(one.abs().max())
 
 
-@examples(5)
-@given(
-    seed=st.integers(0, 999),
-    dropout=dropouts,
-    dora=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
+# The interpreter cuts bfloat16 off, always towards zero: a chain's errors add up. float16 it rounds as a GPU does.
+HALF = torch.float16 if interpreting() else torch.bfloat16
+MODELS = 16
+
+
+@examples(1)
+@given(seed=st.integers(0, 999), dropout=dropouts, dora=st.booleans(), dtype=st.sampled_from([torch.float32, HALF]))
 def test_fast_is_as_near_to_float64_as_the_reference_is(device, seed, dropout, dora, dtype):
-    """Over all gradients together: errors of a chain have no bound of their own worth the name."""
-    model = Decoder(seed, dtype, device, dora)
-    wide = Decoder(seed, torch.float64, device, dora)
+    """Over all gradients and several models together: errors of a chain have no bound of their own worth the name,
+    and those of one model are two draws of a wide distribution, whose ratio is anything from a fifth to five."""
+    ratios = [ratio_of_errors(device, seed + n, dropout, dora, dtype) for n in range(MODELS)]
+    assert math.prod(ratios) ** (1 / MODELS) <= 2, ratios
+
+
+def ratio_of_errors(device: str, seed: int, dropout: Dropout | None, dora: bool, dtype: torch.dtype) -> float:
+    """fast's error of all gradients over the reference's, after the loss was compared."""
+    model, wide = Decoder(seed, dtype, device, dora), Decoder(seed, torch.float64, device, dora)
     for narrow, leaf in zip(all_tensors(model), all_tensors(wide), strict=True):
         leaf.data.copy_(narrow.data)
     truth, exact = wide.gradients(BACKENDS["reference"], dropout=dropout)
     (plain, plains), (fused, fuseds) = (model.gradients(ops, dropout=dropout) for ops in BACKENDS.values())
     assert abs(fused - truth) <= 2 * abs(plain - truth) + 8 * torch.finfo(dtype).eps * truth
-    norms = [
+    of_fast, of_reference = (
         float(torch.cat([(t.double() - g).flatten() for t, g in zip(ts, exact, strict=True)]).norm())
         for ts in (fuseds, plains)
-    ]
-    size = float(torch.cat([g.flatten() for g in exact]).norm())
-    assert norms[0] <= 2 * norms[1] + 8 * torch.finfo(dtype).eps * size
+    )
+    return of_fast / of_reference
 
 
 def all_tensors(model: Decoder) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ from lora.fast.kernels.common import wide_type
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
 
 TILE = 2048  # pairs at a time: heads by half their features
+FP_FUSION = False  # either product could be fused with the sum: both layouts, and back, are to be the same bits
 TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -75,7 +76,7 @@ def rope_forward(
             *((0, 0) if position_ids is None else token_strides(position_ids[..., None])),
             COMPUTE_Q=compute_type(q, cos), COMPUTE_K=compute_type(k, cos), WIDE=wide_type(q, k, cos),
             PASS_Q=passes_through(q, out_q, cos), PASS_K=passes_through(k, out_k, cos),
-            INTERLEAVED=interleaved, INVERSE=inverse, **constants, num_warps=num_warps, enable_fp_fusion=True,
+            INTERLEAVED=interleaved, INVERSE=inverse, **constants, num_warps=num_warps, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return out_q, out_k
 

@@ -28,9 +28,6 @@ EQUIVALENT: dict[str, str] = {
     "dropout:_signed: 63 → 64": MODULO + "PyTorch takes a 64-bit number with or without a sign.",
     "dora:row_norms: dense.shape[1] * wide.itemsize → ((dense.shape[1]) + (wide.itemsize))": COST
     + "It is the number of rows at a time, from one to all.",
-    "embedding:LoRAEmbeddingFunction.backward: dy.new_zeros(ctx.vocab, dy.shape[1]).index_add_(0, rows, dy) if "
-    "wants_table else None → (dy.new_zeros(ctx.vocab, dy.shape[1]).index_add_(0, rows, dy))": COST
-    + "Autograd drops a gradient that nobody asked for.",
     "multi_lora:groups_for: 0 → 1": "For x without features only, where every update is zero, whose tokens these are.",
     "kernels.multi_lora:group_tokens: 1 → 2 (3)": COST + "It is the number of rows of a block, for a single adapter.",
     "kernels.multi_lora:_sums: sum_tile_for(N, r, wide.dtype) → sum_tile_for(r, N, wide.dtype)": COST
