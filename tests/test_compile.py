@@ -49,7 +49,7 @@ def operations() -> dict[str, tuple[Callable[[Tensor], Any], list[Projection]]]:
     linear, dora, nf4 = layer(6, 8), layer(6, 8, dora=True), layer(16, 8, nf4=True)
     q, k, v = layer(8, 8), layer(4, 8), layer(4, 8)
     gate, up, down = layer(12, 8), layer(12, 8), layer(8, 12)
-    weight, angles, drop = normal(8), normal(4, 8), Dropout(0.3, 7)
+    weight, angles, drop = normal(8), normal(4, 4).repeat(1, 2), Dropout(0.3, 7)  # one angle a pair
     head, labels = layer(6, 8), torch.tensor([3, -100, 5, 0])
     table, ids = layer(9, 8)._replace(bias=None, lora_A=leaf(2, 9), lora_B=leaf(8, 2)), torch.tensor([8, 0, 3, 3])
     base, nf4_base = layer(6, 8)._replace(lora_A=None, lora_B=None), nf4._replace(lora_A=None, lora_B=None)

@@ -109,7 +109,8 @@ def versions_of(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for environment in environments:
         found |= {k: v for k, v in environment.items() if k not in found or not str(v).startswith(NOT_THERE)}
-    return found
+    dates = sorted({str(environment.get("date", "?")) for environment in environments})
+    return found | {"date": " and ".join(dict.fromkeys((dates[0], dates[-1])))}
 
 
 def slug_of(card: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora.fast import library
 from lora.fast.runtime import FusedFunction, runs_triton
-from lora.reference.rope import per_token
+from lora.reference.rope import per_token, rotate
 
 
 def rope(
@@ -23,6 +23,8 @@ def rope(
     FLOPs: 3 an element. Saved for backward: cos and sin.
     """
     cos, sin = per_token(cos, position_ids, q), per_token(sin, position_ids, q)  # [batch or 1, 1, seq, rot]
+    if torch.compiler.is_compiling() and not runs_triton(q):  # torch 2.11 loses this function's gradient in a graph
+        return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
     return Rope.apply(q, k, cos, sin, interleaved)  # type: ignore[no-untyped-call, no-any-return]
 
 

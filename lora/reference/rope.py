@@ -30,7 +30,8 @@ def rope(
     Args:
         q: [batch, heads, seq, head_dim]; k: [batch, kv_heads, seq, head_dim].
         cos, sin: of every feature, not of every pair: [seq, rot] or [batch, seq, rot] (batch may be 1), as
-            transformers passes them. rot may be less than head_dim: the features after it pass through unchanged.
+            transformers passes them, equal for the two of a pair. rot may be less than head_dim: the features after it
+            pass through unchanged.
         position_ids: [batch, seq], int64; cos and sin are then tables [positions, rot] to look up in.
         interleaved: pairs are neighbours (2i, 2i + 1) rather than (i, i + rot/2).
 
