@@ -99,7 +99,7 @@ def resting_bytes(model: torch.nn.Module) -> int:
 def allocated_peak(run: Callable[[], None]) -> int:
     """The most bytes that PyTorch's allocator had handed out at once while `run` ran, above what there was before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         run()
     kineto: Any = profiler.profiler
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
