@@ -63,10 +63,7 @@ CASES = (
     Case("fast", "none", "selective", 2, 256, 16),
     Case("fast", "nf4", "none", 2, 256, 16),
     Case("fast", "nf4", "recompute", 2, 256, 16),
-    Case("fast", "none", "none", 1, 1024, 8),
-    Case("fast", "nf4", "selective", 8, 128, 64),
     Case("reference", "none", "none", 2, 256, 16),
-    Case("reference", "nf4", "recompute", 2, 256, 16),
 )
 
 
