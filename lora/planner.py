@@ -79,7 +79,11 @@ def plan_checkpointing(
     """
     limit = bytes_of(budget)
     chosen = _checked_modes(modes)
-    measured = measure(model, batch, loss)
+    return planned(measure(model, batch, loss), limit, chosen)
+
+
+def planned(measured: Measured, limit: int, chosen: list[str]) -> Plan:
+    """The plan for a step that has been measured; `plan_checkpointing` says what is raised."""
     if measured.device == "cpu":
         chosen = [mode for mode in chosen if mode != "offload"]
     if not chosen:
@@ -292,6 +296,40 @@ def unbeaten(states: list[State], other: Callable[[State], Any]) -> list[State]:
         if not best or other(state) < other(best[-1]):
             best.append(state)
     return best
+
+
+class Moment(NamedTuple):
+    """The largest moment of a step, in bytes."""
+
+    need: int
+    gradients: int  # of it
+    kept: int  # of it, what waits for the backward, with masks, cos and sin
+
+
+def largest_moment(
+    measured: Measured, plan: Plan, gradients: Mapping[str, int], trainable: int, waiting: bool
+) -> Moment:
+    """When a step with this plan needs most.
+
+    Args:
+        gradients: bytes of each block's, by its path. trainable: of all of them.
+        waiting: whether all are there from an earlier batch, which is what a plan is made for: its peak; else a
+            block's are there only when it has run backward.
+    """
+    problem = Problem(measured, tuple(dict.fromkeys(plan.values())))
+    shared, kept, unmade = measured.constant - trainable, 0, 0
+    moments = [Moment(measured.before_blocks, 0, 0)]
+    for number, (path, mode) in enumerate(plan.items()):
+        choice = problem.choices[number][mode]
+        unmade += gradients[path]  # its own are in what it takes while it runs
+        moments.append(Moment(problem.need(number, kept, choice), trainable - unmade, shared + kept))
+        kept += choice.kept
+    moments.append(Moment(problem.constant + kept + measured.loss_working, 0, shared + kept))
+    if measured.interleaved:  # there is no order in which gradients come
+        return Moment(plan.peak, trainable, shared + kept)
+    if waiting:
+        return max(moment._replace(gradients=trainable) for moment in moments)
+    return max(moment._replace(need=moment.need - trainable + moment.gradients) for moment in moments)
 
 
 def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:

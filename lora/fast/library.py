@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora.fast.parts import TENSORS, part_of, term_of
-from lora.fast.runtime import runs_triton
+from lora.fast.runtime import rehearsing, runs_triton
 from lora.projection import Dropout, NF4Weight
 from lora.reference.multi_lora import check_adapters
 
@@ -29,7 +29,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def operator(fake: Callable[..., Any], writes: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """Registers a function as `torch.ops.lora.<its name>`, and calls that only in a graph.
+    """Registers a function as `torch.ops.lora.<its name>`, and calls that only in a graph or a dry run.
 
     Args:
         fake: the same signature; returns empty tensors of the right shape, dtype, device and strides.
@@ -43,7 +43,7 @@ def operator(fake: Callable[..., Any], writes: Sequence[str] = ()) -> Callable[[
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            return in_graph(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+            return in_graph(*arguments) if torch.compiler.is_compiling() or rehearsing() else function(*arguments)
 
         return call  # type: ignore[return-value]
 

@@ -24,7 +24,7 @@ from lora.fast.dropout import KeepRows, dropout_mask
 from lora.fast.linear import backward_group, forward_group
 from lora.fast.operands import as_autocast, as_rows, factors_of
 from lora.fast.parts import Part, flat_part, packed, unpacked
-from lora.fast.runtime import FusedFunction, runs_triton
+from lora.fast.runtime import FusedFunction, kind_of, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
 from lora.reference.loss import Reduction, as_projection, check_options, read_labels
@@ -189,7 +189,7 @@ def run_chunks(
     losses = rows.new_empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
     dx = torch.empty_like(rows) if needs[0] else None
     totals: list[Tensor | None] = [None] * 5
-    step = chunk_rows(part.out_features * rows.itemsize, rows.device.type)
+    step = chunk_rows(part.out_features * rows.itemsize, kind_of(rows))
     factors = factors_of([part], rows.dtype)
     space = rows.new_empty(min(step, len(rows)), part.out_features)  # every chunk's logits, then their gradients
     for start in range(0, len(rows), step):
@@ -227,6 +227,8 @@ def kept_rows(shape: torch.Size, dropout: Dropout | None, counted: Tensor) -> Ke
 def row_losses_(logits: Tensor, labels: Tensor, settings: Settings, weight: float | Tensor, wants: bool) -> Tensor:
     """The loss of each row, times `weight` where that is a number; `logits` become their own gradients if wanted."""
     if runs_triton(logits):
+        if logits.is_meta:  # a dry run: what the kernel makes
+            return logits.new_empty(len(logits), dtype=torch.float32)
         from lora.fast.kernels import cross_entropy as kernels
 
         return kernels.cross_entropy_(

@@ -80,6 +80,8 @@ def decoded_together(weights: Sequence[NF4Weight], dtype: torch.dtype) -> Tensor
 def decode_into(quantised: NF4Weight, out: Tensor) -> None:
     """Writes w' into `out`, [out, in], whose rows may be part of wider ones."""
     if runs_triton(out):
+        if out.is_meta:  # a dry run
+            return
         from lora.fast.kernels import nf4 as kernels
 
         kernels.nf4_dequantize_into(quantised, out)
@@ -105,9 +107,10 @@ def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _workspaces[key][:count]
 
 
-def release_workspaces() -> None:
-    """Gives the scratch memory back; the next product takes new."""
-    _workspaces.clear()
+def release_workspaces(kind: str | None = None) -> None:
+    """Gives the scratch memory back, of one type of device or of all; the next product takes new."""
+    for key in [key for key in _workspaces if kind in (None, key[0].type)]:
+        del _workspaces[key]
 
 
 def pair_table(device: str) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ GPU_TYPES = ("cuda",)  # ROCm devices call themselves cuda too
 AUTOCAST_TYPES = ("cpu", *GPU_TYPES)
 
 
+_meant: list[str] = []  # of a dry run under way: what device its meta tensors stand for
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton itself reads it once
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -37,6 +38,26 @@ def triton_installed() -> bool:
     return TRITON_INSTALLED
 
 
+@contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Meta tensors take the way that tensors on `device`, "cpu" or "cuda", would; operators give their fake results."""
+    _meant.append(device)
+    try:
+        yield
+    finally:
+        _meant.pop()
+
+
+def rehearsing() -> bool:
+    """Whether a dry run is under way."""
+    return bool(_meant)
+
+
+def kind_of(x: Tensor) -> str:
+    """The type of the device that x is on, or that it stands for."""
+    return _meant[-1] if _meant and x.is_meta else x.device.type
+
+
 def runs_triton(x: Tensor) -> bool:
     """Whether kernels on `x` are Triton's; False for the plain-torch forms.
 
@@ -49,6 +70,8 @@ def runs_triton(x: Tensor) -> bool:
         )
     if x.dtype == torch.float64:  # kernels compute in float32
         return False
+    if x.is_meta:
+        return kind_of(x) in GPU_TYPES
     return x.device.type in GPU_TYPES or (interpreting() and x.device.type == "cpu" and triton_installed())
 
 
