@@ -126,3 +126,13 @@ def qwen(family: str, **options: Any) -> Any:
             if parameter.dim() == 1:  # norms and biases: not the ones and zeros they start as
                 parameter += torch.randn_like(parameter)
     return model
+
+
+MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "llama": ("llama", llama),
+    "llama tied": ("llama", lambda: llama(tie_word_embeddings=True)),
+    "llama with one kv head": ("llama", lambda: llama(num_key_value_heads=1)),
+    "llama with wide heads": ("llama", lambda: llama(head_dim=16)),
+    "qwen2": ("qwen2", lambda: qwen("Qwen2", tie_word_embeddings=True)),
+    "qwen3": ("qwen3", lambda: qwen("Qwen3", head_dim=16)),
+}
