@@ -280,7 +280,7 @@ def _install(model: nn.Module, adapter_name: str, source: Source, values: Mappin
     try:
         _put(model, adapter_name, source, values)
         state_of(model).configs[adapter_name] = config
-        refresh(model)
+        refresh(model, adapter_name)
     except BaseException:
         if fresh:
             dispatch.eject(model)

@@ -22,6 +22,7 @@ from lora.layers import (
     adapter_layers,
     base_of,
     saved_modules,
+    wrappers,
 )
 from lora.nf4_layer import NF4Linear
 
@@ -95,19 +96,26 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> nn.Module:
-    """Makes one adapter active and trainable, or several, whose updates add; the others rest."""
+    """Makes one adapter active and trainable, or several, whose updates add; the others rest.
+
+    Nothing is allocated or copied, and the cost does not grow with the number of adapters that rest.
+    """
     state = state_of(model)
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     for name in names:
         _require(state, name)
     if len(set(names)) != len(names) or not names:
         raise LoRAError(f"adapter_name is {adapter_name!r}, expected one name or several different ones.")
-    _refuse_merged(model, "set_adapter")
+    parts = wrappers(model)
+    if any(part.merged for part in parts if isinstance(part, AdapterLayer)):
+        _refuse_merged(model, "set_adapter")
     copies = [name for name in names if state.configs[name].modules_to_save]
     if len(copies) > 1:
         raise LoRAError(f"adapters {copies} each bring their own modules_to_save: only one of them can be active.")
     state.active = names
-    refresh(model)
+    for part in parts:
+        part.activate(names)
+    use_trained_biases(model, state.biases_trained in names)
     return model
 
 
@@ -124,7 +132,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     withdraw(model, adapter_name)
     del state.configs[adapter_name]
     state.active = tuple(n for n in state.active if n != adapter_name) or (next(iter(state.configs)),)
-    refresh(model)
+    refresh(model, adapter_name)
     return model
 
 
@@ -268,18 +276,15 @@ def loraplus_groups(
     ]
 
 
-def refresh(model: nn.Module) -> None:
-    """Brings every layer and every requires_grad flag in line with the state."""
+def refresh(model: nn.Module, *names: str) -> None:
+    """Brings every layer, and the requires_grad flags of these adapters (of all, if none is named), in line with the
+    state."""
     state = state_of(model)
-    for _, layer in adapter_layers(model):
-        layer.active = state.active
-        for name in layer.adapter_names:
-            for parameter in layer.adapter_params(name).values():
-                parameter.requires_grad_(name in state.active)
-    for _, saved in saved_modules(model):
-        saved.active = state.active
-        for name, copy in saved.copies.items():
-            copy.requires_grad_(name in state.active)
+    for part in wrappers(model):
+        part.activate(state.active)
+        for name in names or part.adapter_names:
+            if name not in state.active:
+                part.rest(name)
     use_trained_biases(model, state.biases_trained in state.active)
 
 
