@@ -21,7 +21,6 @@ from lora.layers import (
     SavedModule,
     adapter_layers,
     base_of,
-    saved_modules,
     wrappers,
 )
 from lora.nf4_layer import NF4Linear
@@ -88,9 +87,10 @@ def state_of(model: nn.Module) -> AdapterState:
 def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     """The adapters of `model` by name, in the order they were added."""
     state = state_of(model)
-    merged = {name for _, layer in adapter_layers(model) if layer.merged for name in layer.merged.adapters}
+    parts = wrappers(model)
+    merged = {name for part in parts if isinstance(part, AdapterLayer) and part.merged for name in part.merged.adapters}
     return {
-        name: AdapterInfo(config, name in state.active, name in merged, _count(model, name))
+        name: AdapterInfo(config, name in state.active, name in merged, _count(state, parts, name))
         for name, config in state.configs.items()
     }
 
@@ -143,11 +143,9 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     Merged adapters too: the original weights are put back for the time of the block. Nests.
     """
     state = state_of(model)
-    layers = [layer for _, layer in adapter_layers(model)]
-    saved = [module for _, module in saved_modules(model)]
-    parts: list[AdapterLayer | SavedModule] = [*layers, *saved]
+    parts = wrappers(model)
     before = [(part, part.enabled) for part in parts]
-    swapped = [layer for layer in layers if layer.merged is not None and layer.enabled]
+    swapped = [part for part in parts if isinstance(part, AdapterLayer) and part.merged is not None and part.enabled]
     trained = state.trained_biases_in_use
     try:
         for layer in swapped:
@@ -401,10 +399,13 @@ def _refuse_merged(model: nn.Module, verb: str) -> None:
         )
 
 
-def _count(model: nn.Module, name: str) -> int:
+def _count(state: AdapterState, parts: Sequence[AdapterLayer | SavedModule], name: str) -> int:
     """The parameters one adapter trains: its own, its saved modules' and its biases."""
-    parts = [p for _, layer in adapter_layers(model) for p in layer.adapter_params(name).values()]
-    parts += [p for _, saved in saved_modules(model) if name in saved.copies for p in saved.copies[name].parameters()]
-    state = state_of(model)
-    parts += [bias.parameter for bias in state.biases.values()] if state.biases_trained == name else []
-    return sum(p.numel() for p in parts)
+    trained: list[nn.Parameter] = []
+    for part in parts:
+        if isinstance(part, AdapterLayer):
+            trained += part.adapter_params(name).values()
+        elif name in part.copies:
+            trained += part.copies[name].parameters()
+    trained += [bias.parameter for bias in state.biases.values()] if state.biases_trained == name else []
+    return sum(p.numel() for p in trained)
