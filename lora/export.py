@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -199,12 +200,16 @@ def export_adapter(
     if format == "vllm":
         fields = json.loads((export_vllm(model, target) / CONFIG_FILE).read_text(encoding="utf-8"))
         largest = next(rank for rank in VLLM_RANKS if rank >= fields["r"])
+        own = Path(name).is_file() or name.lower() == models.PACKAGED_MODEL  # nothing that vLLM can be given
+        served = "MODEL" if own else shlex.quote(name)
         return (
             f"exported the adapter to {target}: rank {fields['r']}, alpha {fields['lora_alpha']:g}\n"
-            f"vllm serve {name} --enable-lora --max-lora-rank {largest} --lora-modules {target.name}={target}"
+            f"vllm serve {served} --enable-lora --max-lora-rank {largest} --lora-modules "
+            f"{shlex.quote(f'{target.name}={target}')}"
         )
     count = export_gguf(model, target, dtype=dtype or "float32", overwrite=overwrite)
-    return f"exported {count} adapted modules to {target}\nllama-server --model MODEL.gguf --lora {target}"
+    path = shlex.quote(str(target))
+    return f"exported {count} adapted modules to {target}\nllama-server --model MODEL.gguf --lora {path}"
 
 
 def _check_directory(target: Path, overwrite: bool, adapter: Path) -> None:

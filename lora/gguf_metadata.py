@@ -103,8 +103,8 @@ def _check_config(name: str, model: Any, sizes: Metadata, extra: dict[str, Tenso
         ]
         if _rope(again) != _rope(config):
             wrong.append("rope_parameters")
-    except LoRAError as error:
-        wrong = [str(error)]
+    except LoRAError:  # the only thing in a config of our making that it can refuse
+        wrong = ["rope_parameters"]
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         wrong.append("sliding_window")
     if wrong:

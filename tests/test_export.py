@@ -384,7 +384,10 @@ def test_the_command_writes_both_formats_and_says_how_to_serve(files: dict[str, 
     common = ("--model", files["model"], "--adapter", files["adapter"])
     assert command(*common, "--format", "vllm", "--output", files["out"]) == 0
     said = capsys.readouterr().out
-    assert "rank 4, alpha 8" in said and f"--enable-lora --max-lora-rank 8 --lora-modules out={files['out']}" in said
+    assert (
+        "rank 4, alpha 8" in said
+        and f"vllm serve MODEL --enable-lora --max-lora-rank 8 --lora-modules out={files['out']}" in said
+    )
     base, model = (lora.load(files["model"])[0] for _ in range(2))
     assert_same_logits(served_by_vllm(files["out"], base, 8), lora.load_adapter(model, files["adapter"]), base)
     assert command(*common, "--format", "gguf", "--output", files["file"]) == 0

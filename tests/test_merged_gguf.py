@@ -297,6 +297,16 @@ def other_cutting(path: Path) -> Path:
     return source
 
 
+def other_merging(path: Path) -> Path:
+    """Llama 3's way of cutting without its rule that a piece in the vocabulary is taken whole."""
+    source = directory(path, llama(), "llama-bpe")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    assert tokenizer["model"]["ignore_merges"] is True
+    tokenizer["model"]["ignore_merges"] = False
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return source
+
+
 def gpt2(path: Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -307,6 +317,7 @@ def gpt2(path: Path) -> Path:
 REFUSED = {
     "words": (lambda path: save_tiny_model(path), "its tokenizer is no byte-level BPE"),
     "another cutting": (other_cutting, "cuts text in none of the ways known here"),
+    "another merging": (other_merging, "cuts text in none of the ways known here"),
     "activation": (lambda path: directory(path, llama(hidden_act="gelu")), "its config has hidden_act that cannot"),
     "window": (lambda path: directory(path, mistral(sliding_window=4)), "its config has sliding_window that cannot"),
     "dynamic rope": (
@@ -315,7 +326,7 @@ REFUSED = {
     ),
     "llama3 of another length": (
         lambda path: directory(path, llama(rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32})),
-        "rope_freqs.weight is not Llama 3's scaling",
+        "its config has rope_parameters that cannot",
     ),
     "another model": (gpt2, "GPT2LMHeadModel cannot be written as GGUF here; LlamaForCausalLM, "),
 }  # fmt: skip

@@ -73,6 +73,7 @@ def write(
             "attention.head_count_kv": config.num_key_value_heads,
             "attention.layer_norm_rms_epsilon": 1e-6,
             "attention.key_length": model.model.layers[0].self_attn.head_dim,
+            "attention.value_length": model.model.layers[0].self_attn.head_dim,
             "rope.freq_base": 10000.0,
         }.items()
     }
@@ -93,7 +94,10 @@ def write_raw(path: Path, architecture: str, metadata: dict[str, Any], tensors: 
     writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", architecture))
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
-        writer.add_array(key, value) if isinstance(value, list) else adders[type(value)](key, value)
+        if isinstance(value, tuple):  # (list, the type of its items)
+            writer.add_key_value(key, value[0], gguf.GGUFValueType.ARRAY, value[1])
+        else:
+            writer.add_array(key, value) if isinstance(value, list) else adders[type(value)](key, value)
     for name, tensor in tensors.items():
         if isinstance(tensor, tuple):  # (raw bytes, type)
             writer.add_tensor(name, tensor[0], raw_dtype=tensor[1])
