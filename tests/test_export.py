@@ -74,8 +74,8 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lor
 
 def served_by_vllm(folder: Path, base: Any, most: int, modules: set[str] = LINEAR) -> Any:
     """`base` as vLLM would run it with the adapter in `folder`, by the rules of its lora/peft_helper.py (the fields),
-    lora/utils.py (the names) and lora/lora_model.py (the files). Patterns are as good as unknown: releases up to this
-    year's ignore them."""
+    lora/utils.py (the names) and lora/lora_model.py (the files). Patterns are as good as unknown: 0.33 reads
+    them, older releases ignore them."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert {"r", "lora_alpha", "target_modules"} <= config.keys()
     assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"

@@ -139,7 +139,7 @@ def test_metadata_is_carried_over_with_its_types(tmp_path: Path) -> None:
         metadata |= {
             "quantize.imatrix.file": "old.dat",
             "tokenizer.ggml.add_bos_token": True,
-            "my.numbers": [1.5, -2.0],
+            "my.numbers": ([3, 65535], gguf.GGUFValueType.UINT16),
         }
 
     source = write(tmp_path / "base.gguf", llama(), change=change)
