@@ -1,6 +1,6 @@
 """Adapters for the servers that take them beside the model they belong to: vLLM's directory, llama.cpp's GGUF file.
 
-    vLLM        PEFT's two files, with one rank and one scale for every module (it has known no patterns for long)
+    vLLM        PEFT's two files, with one rank and one scale for every module (its older releases ignore patterns)
     llama.cpp   a GGUF file of A and B, their rows in the order of the model's own GGUF file: `lora.gguf_export`
 
 Both compute W x + s · B A x and nothing else. So whatever an adapter trains beside A and B (DoRA's magnitudes, biases,
