@@ -162,9 +162,7 @@ def _tensors_of(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     files = wrapper_paths(model, [path for path, layer in layers if isinstance(layer, LoRAParameter)])
     for path, layer in layers:
         params: dict[str, Tensor] = {role: value.detach() for role, value in layer.adapter_params(name).items()}
-        if name in layer.initial_A:
-            params["lora_A"] = torch.cat([params["lora_A"], layer.initial_A[name].detach()])  # [2r, in]
-            params["lora_B"] = torch.cat([params["lora_B"], -layer.initial_B[name].detach()], dim=1)  # [out, 2r]
+        params["lora_A"], params["lora_B"] = layer.plain_pair(name)
         for role, value in params.items():
             adapted.add(path)
             yield tensor_key(files.get(path, path), role, isinstance(layer, LoRAEmbedding)), packed(role, value)
@@ -282,7 +280,7 @@ def _install(model: nn.Module, adapter_name: str, source: Source, values: Mappin
     try:
         _put(model, adapter_name, source, values)
         state_of(model).configs[adapter_name] = config
-        refresh(model)
+        refresh(model, adapter_name)
     except BaseException:
         if fresh:
             dispatch.eject(model)

@@ -21,7 +21,7 @@ from lora.layers import (
     SavedModule,
     adapter_layers,
     base_of,
-    saved_modules,
+    wrappers,
 )
 from lora.nf4_layer import NF4Linear
 
@@ -87,27 +87,35 @@ def state_of(model: nn.Module) -> AdapterState:
 def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     """The adapters of `model` by name, in the order they were added."""
     state = state_of(model)
-    merged = {name for _, layer in adapter_layers(model) if layer.merged for name in layer.merged.adapters}
+    parts = wrappers(model)
+    merged = {name for part in parts if isinstance(part, AdapterLayer) and part.merged for name in part.merged.adapters}
     return {
-        name: AdapterInfo(config, name in state.active, name in merged, _count(model, name))
+        name: AdapterInfo(config, name in state.active, name in merged, _count(state, parts, name))
         for name, config in state.configs.items()
     }
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> nn.Module:
-    """Makes one adapter active and trainable, or several, whose updates add; the others rest."""
+    """Makes one adapter active and trainable, or several, whose updates add; the others rest.
+
+    Nothing is allocated or copied, and the cost does not grow with the number of adapters that rest.
+    """
     state = state_of(model)
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     for name in names:
         _require(state, name)
     if len(set(names)) != len(names) or not names:
         raise LoRAError(f"adapter_name is {adapter_name!r}, expected one name or several different ones.")
-    _refuse_merged(model, "set_adapter")
+    parts = wrappers(model)
+    if any(part.merged for part in parts if isinstance(part, AdapterLayer)):
+        _refuse_merged(model, "set_adapter")
     copies = [name for name in names if state.configs[name].modules_to_save]
     if len(copies) > 1:
         raise LoRAError(f"adapters {copies} each bring their own modules_to_save: only one of them can be active.")
     state.active = names
-    refresh(model)
+    for part in parts:
+        part.activate(names)
+    use_trained_biases(model, state.biases_trained in names)
     return model
 
 
@@ -124,7 +132,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     withdraw(model, adapter_name)
     del state.configs[adapter_name]
     state.active = tuple(n for n in state.active if n != adapter_name) or (next(iter(state.configs)),)
-    refresh(model)
+    refresh(model, adapter_name)
     return model
 
 
@@ -135,11 +143,9 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     Merged adapters too: the original weights are put back for the time of the block. Nests.
     """
     state = state_of(model)
-    layers = [layer for _, layer in adapter_layers(model)]
-    saved = [module for _, module in saved_modules(model)]
-    parts: list[AdapterLayer | SavedModule] = [*layers, *saved]
+    parts = wrappers(model)
     before = [(part, part.enabled) for part in parts]
-    swapped = [layer for layer in layers if layer.merged is not None and layer.enabled]
+    swapped = [part for part in parts if isinstance(part, AdapterLayer) and part.merged is not None and part.enabled]
     trained = state.trained_biases_in_use
     try:
         for layer in swapped:
@@ -268,18 +274,15 @@ def loraplus_groups(
     ]
 
 
-def refresh(model: nn.Module) -> None:
-    """Brings every layer and every requires_grad flag in line with the state."""
+def refresh(model: nn.Module, *names: str) -> None:
+    """Brings every layer, and the requires_grad flags of these adapters (of all, if none is named), in line with the
+    state."""
     state = state_of(model)
-    for _, layer in adapter_layers(model):
-        layer.active = state.active
-        for name in layer.adapter_names:
-            for parameter in layer.adapter_params(name).values():
-                parameter.requires_grad_(name in state.active)
-    for _, saved in saved_modules(model):
-        saved.active = state.active
-        for name, copy in saved.copies.items():
-            copy.requires_grad_(name in state.active)
+    for part in wrappers(model):
+        part.activate(state.active)
+        for name in names or part.adapter_names:
+            if name not in state.active:
+                part.rest(name)
     use_trained_biases(model, state.biases_trained in state.active)
 
 
@@ -396,10 +399,13 @@ def _refuse_merged(model: nn.Module, verb: str) -> None:
         )
 
 
-def _count(model: nn.Module, name: str) -> int:
+def _count(state: AdapterState, parts: Sequence[AdapterLayer | SavedModule], name: str) -> int:
     """The parameters one adapter trains: its own, its saved modules' and its biases."""
-    parts = [p for _, layer in adapter_layers(model) for p in layer.adapter_params(name).values()]
-    parts += [p for _, saved in saved_modules(model) if name in saved.copies for p in saved.copies[name].parameters()]
-    state = state_of(model)
-    parts += [bias.parameter for bias in state.biases.values()] if state.biases_trained == name else []
-    return sum(p.numel() for p in parts)
+    trained: list[nn.Parameter] = []
+    for part in parts:
+        if isinstance(part, AdapterLayer):
+            trained += part.adapter_params(name).values()
+        elif name in part.copies:
+            trained += part.copies[name].parameters()
+    trained += [bias.parameter for bias in state.biases.values()] if state.biases_trained == name else []
+    return sum(p.numel() for p in trained)

@@ -1,4 +1,4 @@
-"""The command line: lora train | plan | generate | merge | quantize | explain.
+"""The command line: lora train | plan | generate | merge | export | quantize | explain.
 
 Each command imports what it needs when it runs, so that `lora --help` answers at once. A user's error is one line on
 stderr and exit code 2; --debug shows where it came from. Ctrl-C exits with 130, SIGTERM with 143.
@@ -33,10 +33,12 @@ COMMANDS = {
     "plan": "predict the memory and time of training a model, before there is a GPU or a download",
     "generate": "let a model, with or without an adapter, answer prompts",
     "merge": "write a model with an adapter merged into its weights",
+    "export": "write an adapter for a server: vLLM, or llama.cpp",
     "quantize": "write a model with its weights in 4 bits (NF4)",
     "explain": "show what is adapted, which implementation runs it, and what memory it takes",
 }
 DTYPES = ("float32", "bfloat16", "float16")
+BLOCK_DTYPES = ("q8_0",)  # of a GGUF file only
 OUT_OF_MEMORY = {  # what helps, by command
     "train": "out of memory: lower --batch-size (and raise --grad-accumulation) or --max-length, or use "
     "--checkpointing recompute or --quantization nf4.",
@@ -133,6 +135,7 @@ def parser() -> Parser:
         "plan": add_plan,
         "generate": add_generate,
         "merge": add_merge,
+        "export": add_export,
         "quantize": add_quantize,
         "explain": add_explain,
     }
@@ -350,26 +353,71 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
     return list(prompts)
 
 
-# ---- merge, quantize, explain ----------------------------------------------------------------------------------
+# ---- merge, export, quantize, explain --------------------------------------------------------------------------
 
 
 def add_merge(command: Parser) -> None:
     """The options of lora merge."""
     add_model(command, adapter="required")
     _add_output(command)
-    command.add_argument("--dtype", choices=DTYPES, help="of the merged weights [the base's if 16 bits, else bfloat16]")
+    _choice(
+        command, "--format", ("safetensors", "gguf"), "safetensors", "gguf: one file for llama.cpp, named by --output"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=(*DTYPES, *BLOCK_DTYPES),
+        help="of the merged weights; q8_0 with --format gguf only [the base's if 16 bits, else bfloat16]",
+    )
     command.set_defaults(command=merge)
 
 
 def merge(options: argparse.Namespace) -> None:
-    """lora merge: see `lora.directories.merge_directory`."""
-    from lora.directories import merge_directory
+    """lora merge: see `lora.directories.merge_directory` and `lora.gguf_export.merge_gguf`."""
+    with _set_up(options):
+        if options.format == "gguf":
+            _need_gguf()
+            from lora.gguf_export import merge_gguf as run
+        else:
+            from lora.directories import merge_directory as run
+
+            if options.dtype in BLOCK_DTYPES:
+                raise LoRAError(f"--dtype {options.dtype} needs --format gguf: safetensors has no such type.")
+        report = run(options.model, options.adapter, options.output, dtype=options.dtype, overwrite=options.overwrite)
+    print(report)
+
+
+def add_export(command: Parser) -> None:
+    """The options of lora export."""
+    add_model(command, adapter="required")
+    _add_output(command)
+    command.add_argument("--format", required=True, choices=("vllm", "gguf"), help="gguf: --output is a file")
+    command.add_argument("--dtype", choices=("float32", "float16"), help="of a GGUF adapter [float32]")
+    command.set_defaults(command=export)
+
+
+def export(options: argparse.Namespace) -> None:
+    """lora export: see `lora.export.export_adapter`."""
+    from lora.export import export_adapter
 
     with _set_up(options):
-        report = merge_directory(
-            options.model, options.adapter, options.output, dtype=options.dtype, overwrite=options.overwrite
+        if options.format == "gguf":
+            _need_gguf()
+        report = export_adapter(
+            options.model,
+            options.adapter,
+            options.output,
+            format=options.format,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
         )
     print(report)
+
+
+def _need_gguf() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("gguf") is None:
+        raise LoRAError("--format gguf needs the package gguf. Run: pip install gguf")
 
 
 def add_quantize(command: Parser) -> None:
@@ -435,8 +483,8 @@ def add_model(command: Parser, adapter: str | None = None) -> None:
 
 
 def _add_output(command: Parser) -> None:
-    command.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    command.add_argument("--overwrite", action="store_true", help="replace the directory if it is there")
+    command.add_argument("--output", required=True, metavar="DIR", help="directory (or GGUF file) to write")
+    command.add_argument("--overwrite", action="store_true", help="replace it if it is there")
 
 
 def _number(command: Parser, flag: str, metavar: str, default: Any, text: str, kind: type) -> None:

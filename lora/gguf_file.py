@@ -42,7 +42,7 @@ class GGUFFile(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
-    data: mmap.mmap
+    data: mmap.mmap | bytes
 
     @property
     def architecture(self) -> str:
@@ -110,10 +110,24 @@ def read_gguf(path: Path) -> GGUFFile:
     return GGUFFile(path, metadata, tensors, data)
 
 
+def metadata_types(file: GGUFFile) -> dict[str, tuple[int, int | None]]:
+    """The type of each value in the metadata, and of what is in it where it is an array."""
+    cursor = _Cursor(file.path, file.data)
+    _, _, key_count = cursor.numbers("IQQ")
+    types: dict[str, tuple[int, int | None]] = {}
+    for _ in range(key_count):
+        key = cursor.string()
+        (kind,) = cursor.numbers("I")
+        items: int | None = struct.unpack_from("<I", file.data, cursor.position)[0] if kind == ARRAY else None
+        types[key] = kind, items
+        cursor.value(kind)
+    return types
+
+
 class _Cursor:
     """Reads little-endian values one after the other and never past the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
         self.path, self.data, self.position = path, data, 4
 
     def take(self, count: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from gguf.quants import dequantize
 from tiny import tiny_llama
-from tiny_gguf import MERGES, SPECIAL, TOKENS, Change, Q, llama, permuted, qwen, write, write_raw
+from tiny_gguf import MERGES, MODELS, SPECIAL, TOKENS, Change, Q, llama, permuted, write, write_raw
 
 import lora
 from lora import gguf_file, gguf_loader, models
@@ -122,15 +121,6 @@ def test_the_packaged_tokenizer_is_transformers_where_that_is_right(packaged):
 
 
 # ---- files written here, as llama.cpp's converter writes them --------------------------------------------------
-
-MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "llama": ("llama", llama),
-    "llama tied": ("llama", lambda: llama(tie_word_embeddings=True)),
-    "llama with one kv head": ("llama", lambda: llama(num_key_value_heads=1)),
-    "llama with wide heads": ("llama", lambda: llama(head_dim=16)),
-    "qwen2": ("qwen2", lambda: qwen("Qwen2", tie_word_embeddings=True)),
-    "qwen3": ("qwen3", lambda: qwen("Qwen3", head_dim=16)),
-}
 
 
 @pytest.mark.parametrize("name", MODELS)

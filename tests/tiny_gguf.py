@@ -73,6 +73,7 @@ def write(
             "attention.head_count_kv": config.num_key_value_heads,
             "attention.layer_norm_rms_epsilon": 1e-6,
             "attention.key_length": model.model.layers[0].self_attn.head_dim,
+            "attention.value_length": model.model.layers[0].self_attn.head_dim,
             "rope.freq_base": 10000.0,
         }.items()
     }
@@ -93,7 +94,10 @@ def write_raw(path: Path, architecture: str, metadata: dict[str, Any], tensors: 
     writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", architecture))
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
-        writer.add_array(key, value) if isinstance(value, list) else adders[type(value)](key, value)
+        if isinstance(value, tuple):  # (list, the type of its items)
+            writer.add_key_value(key, value[0], gguf.GGUFValueType.ARRAY, value[1])
+        else:
+            writer.add_array(key, value) if isinstance(value, list) else adders[type(value)](key, value)
     for name, tensor in tensors.items():
         if isinstance(tensor, tuple):  # (raw bytes, type)
             writer.add_tensor(name, tensor[0], raw_dtype=tensor[1])
@@ -126,3 +130,13 @@ def qwen(family: str, **options: Any) -> Any:
             if parameter.dim() == 1:  # norms and biases: not the ones and zeros they start as
                 parameter += torch.randn_like(parameter)
     return model
+
+
+MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "llama": ("llama", llama),
+    "llama tied": ("llama", lambda: llama(tie_word_embeddings=True)),
+    "llama with one kv head": ("llama", lambda: llama(num_key_value_heads=1)),
+    "llama with wide heads": ("llama", lambda: llama(head_dim=16)),
+    "qwen2": ("qwen2", lambda: qwen("Qwen2", tie_word_embeddings=True)),
+    "qwen3": ("qwen3", lambda: qwen("Qwen3", head_dim=16)),
+}

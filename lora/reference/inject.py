@@ -139,7 +139,7 @@ def add_adapter(model: nn.Module, config: LoRAConfig, adapter_name: str) -> nn.M
         if isinstance(head, LoRALinear):
             head.is_head = True
     state.configs[adapter_name] = config
-    refresh(model)
+    refresh(model, adapter_name)
     return model
 
 
