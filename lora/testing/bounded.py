@@ -116,7 +116,9 @@ class Bounded:
         value = self.value * b.value
         worst = _product(torch.mul, self.value.abs(), self.worst, b.value.abs(), b.worst)
         variance = _product(torch.mul, self.value.square(), self.variance, b.value.square(), b.variance)
-        return self._with(value, worst, variance, self._rounds(value))
+        smallest = torch.minimum(self.value.abs(), b.value.abs())
+        lost = torch.where(smallest < floor_of(self.wide), value.abs(), 0.0)  # it may be taken for zero
+        return self._with(value, worst, variance, self._rounds(value) + lost)
 
     def __matmul__(self, other: Bounded | Tensor) -> Bounded:
         """A matrix product whose sums are kept in `wide`, in any order, with or without fused multiply-add."""
