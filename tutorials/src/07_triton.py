@@ -246,10 +246,8 @@ intensities = torch.logspace(-1, 4, 50)
 ax.loglog(intensities, (intensities * BANDWIDTH).clamp(max=PEAK) / 1e12, color=COLOURS[5])
 points = {}
 for colour, (kind, marker) in zip(COLOURS, kinds.items(), strict=False):
-    found = [
-        (name, f, q) for name, f, q, single in rows if name.startswith(kind) and not single and "," not in name[27:30]
-    ]
-    found = [(name, f or 10 * q / 6, q) for name, f, q in found]  # SwiGLU: about ten operations for six bytes
+    found = [row for row in rows if row[0].startswith(kind) and ", plus" not in row[0] and not row[3]]
+    found = [(name, f or 10 * q / 6, q) for name, f, q, _ in found]  # SwiGLU: about ten operations for six bytes
     for name, f, q in found:
         points[name] = f / q
     xs = torch.tensor([f / q for _, f, q in found])

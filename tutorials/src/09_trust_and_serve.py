@@ -135,8 +135,9 @@ finish(ax, "error in units of its bound; right of 1 is rejected", "|error| / bou
 for name, share in rejected.items():
     print(f"dA with {name}: {share:.0%} of its elements are outside their bounds")
     assert share > 0.3
-small = truth["dlora_A"] * 1e-3  # the same gradient of a loss a thousand times smaller
-assert torch.allclose(torch.zeros_like(small), small, atol=1.0)  # a fixed tolerance takes zero for a gradient
+
+small = truth["dlora_A"] * (0.003 / truth["dlora_A"].abs().max())  # the same gradient, of a smaller loss
+assert torch.allclose(torch.zeros_like(small), small, atol=1e-2)  # prediction 1: zero passes for it
 
 # %% [markdown]
 # ## One input is no proof: properties, and mutants
