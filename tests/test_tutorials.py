@@ -137,3 +137,9 @@ def test_a_checker_tells_what_the_reader_did_wrong(capsys):
     with pytest.raises(workshop.UnsolvedError, match=r"^it should be one\."):
         workshop.judge(check, lambda: 2)
     workshop.judge(check, lambda: 1)
+
+    def stub():
+        raise NotImplementedError
+
+    with pytest.raises(workshop.UnsolvedError, match="Replace the line that raises"):
+        workshop.judge(check, stub)

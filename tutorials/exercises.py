@@ -60,10 +60,10 @@ def verdicts(source: Path) -> list[Verdict]:
                 run(cell.source, space, f"{source.stem}[{number}]")
             if "checker" in tags:
                 if waiting:
-                    raise ValueError(f"{source.name}: the exercise {waiting} has no folded solution")
+                    raise ValueError(f"{source.name}: the exercise {decorated(waiting)[1]} has no folded solution")
                 waiting, printed = cell.source, output.getvalue()
     if waiting:
-        raise ValueError(f"{source.name}: the last exercise has no folded solution")
+        raise ValueError(f"{source.name}: the exercise {decorated(waiting)[1]} has no folded solution")
     return found
 
 
