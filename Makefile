@@ -4,9 +4,10 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 SETUP := .venv/.setup-done
+SETUP_TUTORIALS := .venv/.tutorials-done
 MINUTES ?= 30
 
-.PHONY: help setup demo test explore mutants check format clean
+.PHONY: help setup demo test tutorials explore mutants check format clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -27,6 +28,13 @@ test: check  ## lint, types, and every test (Triton kernels in its interpreter, 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 tests/kernels tests/proof
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/mutants
+
+tutorials: $(SETUP_TUTORIALS)  ## run every notebook from top to bottom, and store what it prints and draws
+	OMP_NUM_THREADS=1 $(BIN)/python tutorials/build.py --jobs 2
+
+$(SETUP_TUTORIALS): $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tutorials]"
+	@touch $@
 
 explore: $(SETUP)  ## the proofs with fresh randomness, for MINUTES; the report goes into docs/proof.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m lora.testing.explore --minutes $(MINUTES) --write docs

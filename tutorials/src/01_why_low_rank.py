@@ -1,0 +1,305 @@
+# %% [markdown]
+# # 1. Why low rank
+#
+# **The question.** Fine-tuning changes millions of weights. LoRA claims that a change of rank 8 or 16 is enough.
+# Why should a change to a 576 × 1536 matrix fit into so few directions?
+#
+# We fine-tune a real model *in full*, with no LoRA anywhere, take the change $\Delta W = W_{\text{after}} -
+# W_{\text{before}}$ of every matrix, and look at it.
+
+# %% tags=["setup"]
+import torch
+
+import lora
+import workshop
+from workshop import COLOURS, assert_close, axes, checks, finish
+
+# %% [markdown]
+# ## Predict
+#
+# Before you run anything, write down three guesses:
+#
+# 1. In $\Delta W$, how many of its (at most 576) directions carry 90% of its squared size?
+# 2. And in $W$ itself, the matrix that pretraining made?
+# 3. If we keep only the best rank-8 part of every $\Delta W$, how much of the improvement on *held-out* text is left?
+#
+# ## The derivation
+#
+# Every matrix has a singular value decomposition $M = \sum_i \sigma_i\, u_i v_i^\top$ with
+# $\sigma_1 \ge \sigma_2 \ge \dots \ge 0$ and orthonormal $u_i$, $v_i$. The terms are orthogonal in the Frobenius inner
+# product, $\langle u_i v_i^\top, u_j v_j^\top\rangle = (u_i^\top u_j)(v_i^\top v_j) = \delta_{ij}$, so squared sizes
+# add up: $\lVert M\rVert_F^2 = \sum_i \sigma_i^2$.
+#
+# Cut the sum off after $r$ terms and call it $M_r$. What is lost is $\lVert M - M_r\rVert_F^2 = \sum_{i>r}\sigma_i^2$.
+# **Eckart and Young (1936)** say that no other matrix of rank $r$ does better:
+#
+# $$\min_{\operatorname{rank} X \le r} \lVert M - X\rVert_F^2 = \sum_{i>r} \sigma_i^2 .$$
+#
+# *Why.* Let $X = QC$ with $Q$ having $r$ orthonormal columns. The best $C$ is $Q^\top M$, and then
+# $\lVert M - QQ^\top M\rVert_F^2 = \lVert M\rVert_F^2 - \lVert Q^\top M\rVert_F^2$. And $\lVert Q^\top M\rVert_F^2 =
+# \sum_i \sigma_i^2 \lVert Q^\top u_i\rVert^2$, where every weight $\lVert Q^\top u_i\rVert^2 \le 1$ and all of them sum
+# to at most $r$: it is largest when $Q$ spans the first $r$ of the $u_i$.
+#
+# A matrix of rank $r$ is a product $BA$ with $B$ out × $r$ and $A$ $r$ × in. That is LoRA's update. So the singular
+# values of $\Delta W$ say exactly how good LoRA *could* be, for every rank at once.
+
+# %%
+torch.manual_seed(0)
+M = torch.randn(40, 60, dtype=torch.float64) @ torch.diag(torch.logspace(0, -3, 60, dtype=torch.float64))
+U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+r = 5
+M_r = U[:, :r] * S[:r] @ Vh[:r]  # [40, 60], rank 5
+
+lost = float((M - M_r).square().sum())
+assert_close(torch.tensor(lost), S[r:].square().sum(), "what the truncation loses")
+
+for _ in range(200):  # no rival of rank 5 loses less, even with the best C for its Q
+    Q = torch.linalg.qr(M @ torch.randn(60, r, dtype=torch.float64)).Q  # [40, 5]
+    rival = float((M - Q @ Q.T @ M).square().sum())
+    assert rival >= lost
+print(f"the best rank {r} loses {lost:.4f} of {float(M.square().sum()):.4f}; the last rival lost {rival:.4f}")
+
+# %% [markdown]
+# ## A real fine-tune
+#
+# The model is SmolLM2-135M-Instruct (30 blocks, 576 features). The task is the demo's: given the signature of a
+# function in Python's standard library, write the first sentence of its docstring. To stay within two minutes on two
+# cores we train the last six blocks, all seven matrices of each, *in full* with AdamW. The blocks below are frozen, so
+# what they compute is a constant, which `workshop.inputs_of` computes once.
+
+# %%
+BLOCKS = 6
+model, tokenizer = lora.load("smollm2-135m-instruct")
+train_pairs, held_pairs = workshop.pairs(64, 24)
+print(f"{train_pairs[0].signature}\n    -> {train_pairs[0].sentence}")
+
+data = workshop.inputs_of(model, workshop.batches(tokenizer, train_pairs, 4), BLOCKS)
+held = workshop.inputs_of(model, workshop.batches(tokenizer, held_pairs, 8), BLOCKS)
+top = workshop.last_blocks(model, BLOCKS)
+whole = workshop.mean_loss(model, workshop.batches(tokenizer, held_pairs[:8], 8))
+assert abs(whole - workshop.mean_loss(top, held[:1])) < 1e-4  # the same model, only cheaper
+
+# %%
+matrices = {n: p for n, p in top.model.layers.named_parameters() if p.dim() == 2}  # q, k, v, o, gate, up, down
+top.requires_grad_(False)
+for parameter in matrices.values():
+    parameter.requires_grad_(True)
+before = {name: p.detach().clone() for name, p in matrices.items()}
+loss_before = workshop.mean_loss(top, held)
+
+optimizer = torch.optim.AdamW(matrices.values(), lr=1e-4, weight_decay=0.0)
+losses = workshop.train(top, optimizer, data * 2)  # 2 epochs of 16 steps
+loss_after = workshop.mean_loss(top, held)
+
+delta = {name: p.detach() - before[name] for name, p in matrices.items()}
+print(f"{sum(p.numel() for p in matrices.values()):,} weights trained")
+print(f"held-out loss {loss_before:.2f} -> {loss_after:.2f} nats a token")
+assert len(matrices) == 7 * BLOCKS
+assert loss_after < loss_before - 0.2
+
+# %% [markdown]
+# ## The spectra
+#
+# For each matrix: which share of $\lVert\cdot\rVert_F^2$ do the first $k$ directions carry? We compare three matrices
+# of the same shape: the change $\Delta W$, the weight $W$ it was added to, and Gaussian noise, which is what "no
+# structure at all" looks like.
+
+
+# %%
+def energy(matrix: torch.Tensor) -> torch.Tensor:
+    """The share of the squared Frobenius norm in the first k singular directions, [1], [2], ..."""
+    squares = torch.linalg.svdvals(matrix).square()
+    return squares.cumsum(0) / squares.sum()
+
+
+name = "0.mlp.down_proj.weight"
+spectra = {"ΔW": energy(delta[name]), "W": energy(before[name]), "noise": energy(torch.randn_like(delta[name]))}
+squares = {n: torch.linalg.svdvals(d).square() for n, d in delta.items()}
+
+left, right = axes(2)
+for (label, curve), colour in zip(spectra.items(), COLOURS, strict=False):
+    left.semilogx(range(1, len(curve) + 1), curve, color=colour, label=label)
+finish(left, f"energy of the first k directions, {name.removesuffix('.weight')}", "k", "share", legend=True)
+for n, s in squares.items():
+    right.semilogx(range(1, len(s) + 1), s.cumsum(0) / s.sum(), color=COLOURS["mlp" in n], alpha=0.35, lw=1)
+right.plot([], [], color=COLOURS[0], label="attention")
+right.plot([], [], color=COLOURS[1], label="MLP")
+finish(right, "ΔW of all 42 matrices", "k", "", legend=True)
+
+needed = {label: int((curve < 0.9).sum()) + 1 for label, curve in spectra.items()}
+print("directions for 90% of the energy:", needed)
+assert needed["ΔW"] < needed["W"] < needed["noise"]
+assert needed["ΔW"] < 0.5 * needed["W"]
+
+# %% [markdown]
+# A change made by a few gradient steps is *concentrated*; the weight it is added to is not. Low rank is a property of
+# the **update**, not of the model: you could not replace $W$ by a rank-16 matrix.
+#
+# Still, 90% of the energy takes far more than 16 directions. Is rank 16 then too little? Energy is not the task.
+#
+# ## How much rank does the task need?
+#
+# Take the best rank-$r$ part of every $\Delta W$ and measure the held-out loss with it. To do so we use the real thing:
+# put the weights back, inject adapters with `lora.inject`, and write the factors of the truncated SVD into `lora_A`
+# and `lora_B`. LoRA's family of functions contains these models, so training LoRA of rank $r$ could find them.
+
+# %%
+RANK = 64
+with torch.no_grad():
+    for n, p in matrices.items():
+        p.copy_(before[n])
+lora.inject(top, lora.LoRAConfig(r=RANK, lora_alpha=RANK))  # alpha / r = 1: the update is B A itself
+factors = {}
+for path, layer in ((p, m) for p, m in top.named_modules() if type(m).__name__ == "LoRALinear"):
+    U, S, Vh = torch.linalg.svd(delta[path.removeprefix("model.layers.") + ".weight"], full_matrices=False)
+    factors[path] = (layer, U[:, :RANK] * S[:RANK].sqrt(), S[:RANK].sqrt()[:, None] * Vh[:RANK])
+assert len(factors) == len(matrices)
+
+
+def loss_at_rank(r: int) -> float:
+    """The held-out loss with the best rank-r part of every update."""
+    with torch.no_grad():
+        for layer, B, A in factors.values():
+            layer.lora_B["default"].zero_()[:, :r] = B[:, :r]
+            layer.lora_A["default"].copy_(A)
+    return workshop.mean_loss(top, held)
+
+
+ranks = [0, 1, 2, 4, 8, 16, 64]
+at_rank = {r: loss_at_rank(r) for r in ranks}
+gain = {r: (loss_before - value) / (loss_before - loss_after) for r, value in at_rank.items()}
+share = {r: float(sum(s[:r].sum() for s in squares.values()) / sum(s.sum() for s in squares.values())) for r in ranks}
+for r in ranks:
+    print(f"rank {r:3}: loss {at_rank[r]:.3f}, {gain[r]:4.0%} of the gain, {share[r]:4.0%} of the energy")
+
+ax = axes()
+ax.plot(ranks, [gain[r] for r in ranks], "o-", label="of the gain on held-out text")
+ax.plot(ranks, [share[r] for r in ranks], "s--", label="of the energy of ΔW")
+ax.set_xscale("symlog", base=2, linthresh=1)
+ax.set_xticks(ranks, [str(r) for r in ranks])
+finish(ax, "what the best rank r keeps", "r", "share", legend=True)
+
+assert abs(at_rank[0] - loss_before) < 1e-3  # B = 0: the model before
+assert gain[8] > 0.8 and gain[8] > share[8] + 0.1  # the task needs less than the energy does
+assert gain[64] > 0.9
+
+# %% [markdown]
+# Compare with your third guess. The first few directions carry the *lesson*; the long tail of small singular values is
+# mostly what single batches left behind. This is one task, six blocks and 32 steps. A task that must store many new
+# facts has a longer spectrum and needs more rank: what you have now is the instrument to measure it.
+#
+# ## Exercises
+#
+# **Exercise 1.** Write `best_rank(M, r)`: the matrix of rank $r$ nearest to $M$.
+
+
+# %% tags=["exercise"]
+def best_rank(M, r):
+    """The matrix of rank r nearest to M in the Frobenius norm."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(best_rank)
+def check_best_rank(answer):
+    generator = torch.Generator().manual_seed(1)
+    M = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    S = torch.linalg.svdvals(M)
+    for r in (1, 4, 9):
+        found = answer(M, r)
+        assert found is not None and found.shape == M.shape, f"expected a matrix of shape {list(M.shape)}."
+        assert torch.linalg.matrix_rank(found) <= r, f"the rank is {torch.linalg.matrix_rank(found)}, expected {r}."
+        lost = (M - found).square().sum()
+        assert_close(lost, S[r:].square().sum(), f"the squared error at rank {r}", atol=1e-9)
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def best_rank(M, r):
+#     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+#     return U[:, :r] * S[:r] @ Vh[:r]
+# ```
+#
+# Multiplying the columns of `U` by `S` saves building a diagonal matrix.
+# </details>
+#
+# **Exercise 2.** One number for a whole spectrum: the *effective rank* (Roy and Vetterli 2007) is $e^{H(p)}$, the
+# exponential of the entropy of $p_i = \sigma_i / \sum_j \sigma_j$. Write it, as a float.
+
+
+# %% tags=["exercise"]
+def effective_rank(M):
+    """exp of the entropy of the normalised singular values of M."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(effective_rank)
+def check_effective_rank(answer):
+    assert abs(answer(torch.eye(7)) - 7) < 1e-3, "an identity of size 7 uses 7 directions equally: expected 7."
+    one = torch.outer(torch.arange(1.0, 6.0), torch.ones(4))
+    assert abs(answer(one) - 1) < 1e-3, "an outer product has effective rank 1 (mind 0 · log 0)."
+    both = answer(torch.diag(torch.tensor([3.0, 1.0])))
+    assert abs(both - 1.7548) < 1e-3, f"for singular values 3 and 1 it is {both:.4f}, expected 1.7548."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def effective_rank(M):
+#     S = torch.linalg.svdvals(M)
+#     p = S / S.sum()
+#     return float(torch.exp(-torch.xlogy(p, p).sum()))
+# ```
+#
+# `torch.xlogy(0, 0)` is 0, which is the limit that entropy needs.
+# </details>
+#
+# **Exercise 3.** At which rank does an adapter stop being smaller than the matrix it adapts? Write `break_even(out,
+# in_)`: the largest $r$ for which $A$ and $B$ together have fewer numbers than $W$.
+
+
+# %% tags=["exercise"]
+def break_even(out, in_):
+    """The largest r with r · (out + in) < out · in."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(break_even)
+def check_break_even(answer):
+    for out, in_ in ((576, 576), (1536, 576), (4096, 4096), (3, 5)):
+        r = answer(out, in_)
+        assert r == int(r) and r >= 0, f"break_even({out}, {in_}) is {r!r}, expected a whole number."
+        assert r * (out + in_) < out * in_, f"at rank {r} a {out} × {in_} adapter is not smaller."
+        assert (r + 1) * (out + in_) >= out * in_, f"rank {r + 1} would still be smaller for {out} × {in_}."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def break_even(out, in_):
+#     return (out * in_ - 1) // (out + in_)
+# ```
+#
+# For 576 × 576 it is 287: LoRA with $r = 16$ is 18 times smaller than the matrix.
+# </details>
+#
+# ## Where this lives in the code
+#
+# - [`lora/reference/inject.py`](../lora/reference/inject.py): how `lora_A` and `lora_B` get beside a frozen matrix.
+# - [`lora/initialise.py`](../lora/initialise.py): PiSSA starts an adapter from the truncated SVD of $W$, as we did from
+#   that of $\Delta W$.
+# - [`examples/docstrings.py`](../examples/docstrings.py): the data.
+# - Next: [LoRA in twenty lines](02_twenty_lines.ipynb).
+#
+# ## References
+#
+# - C. Eckart and G. Young, *The approximation of one matrix by another of lower rank*, Psychometrika 1936.
+# - E. Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, section 7.
+# - A. Aghajanyan et al., *Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning*, 2020.
+# - O. Roy and M. Vetterli, *The effective rank*, 2007.

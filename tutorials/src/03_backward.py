@@ -1,0 +1,337 @@
+# %% [markdown]
+# # 3. The backward by hand
+#
+# **The question.** `loss.backward()` works without us. Why would anybody write LoRA's backward by hand? And once it is
+# written: how do you know that it is right?
+
+# %% tags=["setup"]
+import inspect
+
+import torch
+from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora
+import workshop
+from lora import Projection
+from lora.reference.linear import lora_linear_backward
+from workshop import COLOURS, assert_close, axes, checks, finish
+
+# %% [markdown]
+# ## Predict
+#
+# 1. A layer 4096 → 4096 with $r = 16$: by which factor is $(xA^\top)B^\top$ cheaper than $x(BA)^\top$?
+# 2. Of $W$, $x$, $xA^\top$, $A$, $B$ and the output: which does the backward really need?
+# 3. Autograd saves what *each operation* needs. For a gated MLP with LoRA on its three matrices, how many bytes does it
+#    save, compared with the least?
+#
+# ## The derivation
+#
+# The forward, with $u = xA^\top$ (tokens × $r$, tiny):
+#
+# $$h = xW^\top + b + s\,uB^\top .$$
+#
+# Let $dy = \partial L/\partial h$. The rule of matrix calculus that does all the work: if $\delta L = \langle P,
+# Q\,\delta X\,R\rangle$ then $\partial L/\partial X = Q^\top P R^\top$. Take the terms one by one:
+#
+# $$
+# \begin{aligned}
+# \delta h &= s\,u\,\delta B^\top && \Rightarrow & dB &= s\,dy^\top u \\
+# \delta h &= s\,\delta u\,B^\top && \Rightarrow & du &= s\,dy\,B \\
+# \delta u &= x\,\delta A^\top && \Rightarrow & dA &= du^\top x \\
+# \delta h &= \delta x\,W^\top,\ \delta u = \delta x\,A^\top && \Rightarrow & dx &= dy\,W + du\,A
+# \end{aligned}
+# $$
+#
+# $W$ is frozen, so there is no $dW = dy^\top x$: one of the three large products of a training step is gone. Two things
+# to see: $du$ serves both $dA$ and $dx$, and $h$ appears nowhere, so the output need not be kept.
+
+# %% [markdown]
+# That is all there is in the project's reference, dropout and DoRA aside:
+
+# %%
+source = inspect.getsource(lora_linear_backward).splitlines()
+wanted = ("dx = dy @ dense", "u = dropped @", "du = scaling", "dB = scaling", "dA = flat", "dx = dx +")
+print("\n".join(line for line in source if line.strip().startswith(wanted)))
+
+# %% [markdown]
+# ## Is it right? Two independent judges
+#
+# **Autograd** differentiates the forward without us. **Finite differences** know nothing of derivatives: change one
+# number by $\varepsilon$, look at the loss. In float64, with $\varepsilon = 10^{-6}$, they agree with a right
+# gradient to about eight digits. Never test with $B = 0$ or $dy = 0$: most mistakes are then invisible.
+
+
+# %% tags=["setup"]
+def example(tokens=6, fan_in=7, fan_out=5, r=3, s=0.7, seed=0, dtype=torch.float64):
+    """(x, dy, projection): random, two-sided, nothing zero."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((tokens, fan_in), (tokens, fan_out), (fan_out, fan_in), (fan_out,), (r, fan_in), (fan_out, r))
+    x, dy, W, b, A, B = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes)
+    return x, dy, Projection(W, b, A, B, s)
+
+
+# %%
+x, dy, p = example()
+leaves = [t.requires_grad_() for t in (x, p.lora_A, p.lora_B)]
+
+
+def forward(x, A, B):
+    return lora.reference.lora_linear(x, p._replace(lora_A=A, lora_B=B))
+
+
+by_autograd = torch.autograd.grad(forward(*leaves), leaves, dy)
+by_hand = lora_linear_backward(dy, x, p)
+for name, ours, theirs in zip(
+    ("dx", "dA", "dB"), (by_hand.dx, by_hand.dlora_A, by_hand.dlora_B), by_autograd, strict=True
+):
+    assert_close(ours, theirs, name, rtol=1e-12, atol=1e-12)
+
+assert gradcheck(forward, leaves)  # autograd against finite differences
+with lora.use_backend("fast"):  # a backward by hand inside, fused: the same judge
+    assert gradcheck(lambda x, A, B: lora.ops.lora_linear(x, p._replace(lora_A=A, lora_B=B)), leaves)
+
+
+# %% [markdown]
+# How small should $\varepsilon$ be? The difference quotient is wrong by a term in proportion to $\varepsilon^2$ (we
+# take the central one) and, because it subtracts two nearly equal numbers, by roundings in proportion to
+# $1/\varepsilon$. The product $h$ is linear in each factor, so we look at it through a cubic loss, $L = \sum h^3$.
+
+
+# %%
+def loss(A):
+    return forward(x, A, p.lora_B).pow(3).sum()
+
+
+direction = torch.randn(p.lora_A.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+(dA,) = torch.autograd.grad(loss(p.lora_A), p.lora_A)
+slope = float((dA * direction).sum())
+steps = torch.logspace(-12, -0.5, 47, dtype=torch.float64)
+with torch.no_grad():
+    quotients = [float((loss(p.lora_A + e * direction) - loss(p.lora_A - e * direction)) / (2 * e)) for e in steps]
+errors = torch.tensor([abs(q / slope - 1) for q in quotients], dtype=torch.float64).clamp(min=1e-16)
+
+ax = axes()
+ax.loglog(steps, errors, ".-", label="central difference against dA by hand")
+ax.loglog(steps, errors[-1] * (steps / steps[-1]) ** 2, "--", label=r"$\varepsilon^2$")
+ax.loglog(steps, 1e-16 / steps, ":", color=COLOURS[5], label=r"$u/\varepsilon$")
+ax.set_ylim(1e-14, 10)
+finish(ax, "finite differences as a judge", "ε", "relative error", legend=True)
+
+best = float(steps[errors.argmin()])
+assert 1e-8 < best < 1e-2 and errors.min() < 1e-8
+assert errors[0] > 1e3 * errors.min() and errors[-1] > 1e3 * errors.min()  # both ends are useless
+
+# %% [markdown]
+# ## The order of the products
+#
+# Matrix products are associative, their costs are not. A product of $[m, k]$ and $[k, n]$ takes $2mkn$ operations. For
+# $T$ tokens:
+#
+# | order | operations |
+# |---|---|
+# | $(xA^\top)B^\top$ | $2\,T\,r\,(\text{in} + \text{out})$ |
+# | $x(BA)^\top$ | $2\,r\,\text{in}\,\text{out} + 2\,T\,\text{in}\,\text{out}$ |
+#
+# We count them by running both under torch's `FlopCounterMode`, on tensors of the `meta` device, which have shapes and
+# no numbers.
+
+
+# %%
+def flops(call) -> int:
+    """The operations of all matrix products that call() runs."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+T, n = 2048, 4096
+ranks = [1, 4, 16, 64, 256, 1024, 4096]
+x_meta = torch.empty(T, n, device="meta")
+thin, thick = [], []
+for r in ranks:
+    A, B = torch.empty(r, n, device="meta"), torch.empty(n, r, device="meta")
+    thin.append(flops(lambda A=A, B=B: x_meta @ A.T @ B.T))
+    thick.append(flops(lambda A=A, B=B: x_meta @ (B @ A).T))
+    assert thin[-1] == 2 * T * r * (n + n) and thick[-1] == 2 * r * n * n + 2 * T * n * n
+
+frozen = flops(lambda: x_meta @ torch.empty(n, n, device="meta").T)
+ax = axes()
+ax.loglog(ranks, [f / frozen for f in thin], "o-", label=r"$(xA^\top)B^\top$")
+ax.loglog(ranks, [f / frozen for f in thick], "s-", label=r"$x(BA)^\top$")
+ax.axhline(1, color=COLOURS[5], lw=1, ls="--", label=r"the frozen $xW^\top$")
+finish(ax, f"operations, {n} → {n}, {T} tokens", "r", "times the frozen product", legend=True)
+
+at_16 = ranks.index(16)
+print(f"r = 16: the update costs {thin[at_16] / frozen:.2%} of the frozen product in one order, "
+      f"{thick[at_16] / frozen:.0%} in the other")  # fmt: skip
+assert thin[at_16] < 0.01 * frozen < frozen < thick[at_16]
+
+# %% [markdown]
+# In operations LoRA is free. Its price is **memory**: what is saved for the backward, and passes over it.
+#
+# ## Bytes saved
+#
+# Autograd has a hook that sees each tensor an operation saves. `workshop.saved_bytes` adds them up, each piece of
+# memory once, without the parameters. One SwiGLU MLP, $y = \mathrm{down}(\mathrm{silu}(\mathrm{gate}(x)) \odot
+# \mathrm{up}(x))$, has five wide intermediates. The least is $x$, $g$ and $z$: everything else can be computed again
+# from those in one pass.
+
+
+# %%
+def projection(fan_in: int, fan_out: int, r: int = 8) -> Projection:
+    W = torch.randn(fan_out, fan_in) / fan_in**0.5
+    A, B = torch.randn(r, fan_in) / fan_in**0.5, torch.randn(fan_out, r)
+    return Projection(W, None, A.requires_grad_(), B.requires_grad_(), 0.1)
+
+
+torch.manual_seed(0)
+tokens, features, hidden = 256, 576, 1536  # one block of SmolLM2
+gate, up, down = projection(features, hidden), projection(features, hidden), projection(hidden, features)
+x = torch.randn(tokens, features, requires_grad=True)
+parameters = [t for each in (gate, up, down) for t in each if isinstance(t, torch.Tensor)]
+
+saved = {}
+for backend in ("reference", "fast"):
+    with lora.use_backend(backend):
+        run = lambda: lora.ops.lora_mlp(x, gate, up, down, activation="silu")  # noqa: E731
+        saved[backend] = workshop.saved_bytes(run, parameters)
+wide, narrow = 4 * tokens * hidden, 4 * tokens * features
+least = narrow + 2 * wide  # x, g and z
+
+ax = axes(height=2.2)
+labels = ["autograd on the\nreference", "the fast backend's\nautograd function", "x, g and z"]
+sizes = [saved["reference"], saved["fast"], least]
+ax.barh(labels, [size / 2**20 for size in sizes], color=COLOURS[:3])
+ax.invert_yaxis()
+finish(ax, f"saved for the backward of one MLP, {tokens} tokens", "MiB")
+
+print(f"reference {workshop.mib(saved['reference'])}, fast {workshop.mib(saved['fast'])}, least {workshop.mib(least)}")
+assert saved["fast"] < 0.7 * saved["reference"]
+assert least <= saved["fast"] < 1.05 * least
+
+# %% [markdown]
+# That is why anybody writes it by hand. `torch.autograd.Function` lets *us* say what to save; the derivation above says
+# what can be left out. The fast backend keeps $x$, $g$, $z$ and the thin $u$'s, nothing else.
+#
+# ## Exercises
+#
+# **Exercise 1.** The whole backward: return `(dx, dA, dB)`. Use no autograd, and compute `dy @ B` once.
+
+
+# %% tags=["exercise"]
+def backward(dy, x, W, A, B, s):
+    """The gradients of h = x Wᵀ + s (x Aᵀ) Bᵀ with respect to x, A and B."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(backward)
+def check_backward(answer):
+    for seed in range(3):
+        x, dy, p = example(seed=seed, s=0.5 + seed)
+        found = answer(dy, x, p.weight, p.lora_A, p.lora_B, p.scaling)
+        assert isinstance(found, tuple) and len(found) == 3, "expected the three of (dx, dA, dB)."
+        truth = lora_linear_backward(dy, x, p)
+        for name, mine, right in zip(("dx", "dA", "dB"), found, (truth.dx, truth.dlora_A, truth.dlora_B), strict=True):
+            assert_close(mine, right, name)
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def backward(dy, x, W, A, B, s):
+#     u = x @ A.T
+#     du = s * (dy @ B)
+#     return dy @ W + du @ A, du.T @ x, s * dy.T @ u
+# ```
+# </details>
+#
+# **Exercise 2.** The judge itself: the derivative of a function `f` (of a tensor, to a number) in one entry, by a
+# central difference.
+
+
+# %% tags=["exercise"]
+def numeric(f, X, index, eps=1e-6):
+    """The derivative of f(X) with respect to X[index]; X must not be changed."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(numeric)
+def check_numeric(answer):
+    X = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
+    kept = X.clone()
+    for index in ((0, 1), (1, 1)):
+        found = answer(lambda t: float((t**3).sum()), X, index)
+        right = 3 * float(X[index]) ** 2
+        assert found is not None and abs(float(found) - right) < 1e-6 * right, (
+            f"d(x³)/dx at {float(X[index])} is {found}, expected {right:.6f} to six digits: is the difference central?"
+        )
+    assert torch.equal(X, kept), "X was changed: work on a copy."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def numeric(f, X, index, eps=1e-6):
+#     above, below = X.clone(), X.clone()
+#     above[index] += eps
+#     below[index] -= eps
+#     return (f(above) - f(below)) / (2 * eps)
+# ```
+# </details>
+#
+# **Exercise 3.** $h = x(W + sBA)^\top$ could also be computed by merging first. For $T$ tokens, when does a *forward*
+# with a merged weight (formed anew each time) take fewer operations than $xW^\top + s(xA^\top)B^\top$? Return the
+# smallest whole $T$. (Count the two products of each side; adding is free.)
+
+
+# %% tags=["exercise"]
+def merge_pays_from(fan_in, fan_out, r):
+    """The smallest T from which merging first takes fewer operations."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(merge_pays_from)
+def check_merge_pays_from(answer):
+    for fan_in, fan_out, r in ((576, 576, 8), (4096, 14336, 16), (10, 15, 1)):
+        T = answer(fan_in, fan_out, r)
+        assert int(T) == T, f"it is {T!r}, expected a whole number of tokens."
+
+        def merged(T, i=fan_in, o=fan_out, r=r):
+            return 2 * r * i * o + 2 * T * i * o
+
+        def apart(T, i=fan_in, o=fan_out, r=r):
+            return 2 * T * i * o + 2 * T * r * (i + o)
+
+        assert merged(T) < apart(T), f"at T = {T} merging a {fan_out} × {fan_in} weight does not pay yet."
+        assert merged(T - 1) >= apart(T - 1), f"T = {T - 1} would do for {fan_out} × {fan_in}."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def merge_pays_from(fan_in, fan_out, r):
+#     return fan_in * fan_out // (fan_in + fan_out) + 1
+# ```
+#
+# The rank cancels. For 576 × 576 it is 289 tokens: but the merged weight must be written to memory, and training needs
+# $A$ and $B$ apart. In operations alone the matter cannot be decided.
+# </details>
+#
+# ## Where this lives in the code
+#
+# - [`lora/reference/linear.py`](../lora/reference/linear.py): `lora_linear_backward`, with this derivation on top.
+# - [`lora/fast/linear.py`](../lora/fast/linear.py), [`lora/fast/mlp.py`](../lora/fast/mlp.py): the autograd functions
+#   that save the least.
+# - Next: [fine-tune a real model](04_fine_tune.ipynb).
+#
+# ## References
+#
+# - E. Hu et al., *LoRA*, 2021; N. Shazeer, *GLU Variants Improve Transformer*, 2020.
+# - M. Giles, *Collected matrix derivative results for forward and reverse mode algorithmic differentiation*, 2008.

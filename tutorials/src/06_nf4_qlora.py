@@ -1,0 +1,347 @@
+# %% [markdown]
+# # 6. NF4 and QLoRA
+#
+# **The question.** A weight in 16 bits has 65,536 possible values, in 4 bits it has 16. How can a model survive that,
+# and how do you train through a weight that cannot be changed by less than a sixteenth of its range?
+
+# %% tags=["setup"]
+import copy
+
+import torch
+
+import lora
+import workshop
+from lora.nf4_format import NF4_CODES
+from lora.reference.nf4 import decode, encode, loftq, nf4_bits, nf4_error
+from workshop import COLOURS, assert_close, axes, checks, finish
+
+# %% [markdown]
+# ## Predict
+#
+# 1. Sixteen codes between −1 and 1. For weights that are normally distributed, should they be evenly spaced?
+# 2. Each block of 64 weights stores its largest magnitude in float32. How many bits a weight is that on top of the
+#    four?
+# 3. One weight of a matrix is 50 times larger than all others. What happens to the rest of its block, and to the other
+#    blocks?
+# 4. QLoRA trains $A$ and $B$ beside a 4-bit $W$. Which of $dx$, $dW$, $dA$, $dB$ need $W$ at all?
+#
+# ## The derivation
+#
+# **Block-wise absmax.** Cut the matrix into blocks of 64. In each, $\text{absmax} = \max|w|$, and $w/\text{absmax}$
+# lies in $[-1, 1]$. Store the index of the nearest of 16 codes $c_j$, and absmax once:
+#
+# $$q_i = \arg\min_j |w_i/\text{absmax} - c_j|, \qquad w_i' = c_{q_i}\cdot\text{absmax} .$$
+#
+# **Which codes?** If all 16 indices occur equally often, each carries its full 4 bits of information. For a
+# distribution with quantile function $Q$ that puts codes at evenly spaced *probabilities*. NF4 (Dettmers et al. 2023)
+# takes the normal distribution's, with one wish more: that zero is a code. So it takes 8 quantiles from $\frac12$ up
+# to $p$ for the positive side, and 7 for the negative one, and divides by the largest:
+#
+# $$c_j = \frac{Q(p_j)}{Q(p)}, \qquad p = \tfrac12\left(\tfrac{31}{32} + \tfrac{29}{30}\right) .$$
+
+# %%
+p = 0.5 * (31 / 32 + 29 / 30)
+positive = torch.special.ndtri(torch.linspace(0.5, p, 9, dtype=torch.float64))  # [9], from 0 up
+negative = -torch.special.ndtri(torch.linspace(0.5, p, 8, dtype=torch.float64))  # [8], from 0 down
+codes = torch.cat([negative[1:].flip(0), positive]) / positive[-1]  # [16], ascending, 0 once
+
+assert len(codes) == 16 and 0.0 in codes
+assert_close(codes, NF4_CODES.double(), "the codebook against the project's (and bitsandbytes')", atol=1e-6)
+
+# %% [markdown]
+# ## Which weights does that suit?
+#
+# `encode` and `decode` of the reference take any codebook, so we can hold NF4's against 16 evenly spaced codes (a plain
+# 4-bit integer) on several distributions, and on weights of a real model.
+
+# %%
+torch.manual_seed(0)
+model, tokenizer = lora.load("smollm2-135m-instruct")
+real = model.model.embed_tokens.weight.detach()[:2048]  # see the remark below
+n = 512 * 512
+uniform = torch.linspace(-1, 1, 16)
+samples = {
+    "uniform": torch.rand(n) * 2 - 1,
+    "normal": torch.randn(n),
+    "Laplace": torch.distributions.Laplace(0, 1).sample((n,)),
+    "Student t, 3": torch.distributions.StudentT(3).sample((n,)),
+    "SmolLM2's embedding": real.flatten(),
+}
+
+
+def relative_error(values: torch.Tensor, codebook: torch.Tensor, block: int = 64) -> float:
+    """‖w − w'‖ / ‖w‖ after one level of quantisation with this codebook."""
+    index, absmax = encode(values, codebook, block)
+    back = decode(index[: values.numel()], codebook, absmax, block)
+    return float((values - back).norm() / values.norm())
+
+
+errors = {
+    name: (relative_error(values, NF4_CODES), relative_error(values, uniform)) for name, values in samples.items()
+}
+used = {}
+for name, codebook in (("NF4", NF4_CODES), ("evenly spaced", uniform)):
+    index, _ = encode(samples["normal"], codebook, 64)
+    used[name] = torch.bincount(index.int(), minlength=16) / n
+
+left, right = axes(2, width=5.0)
+for shift, (name, share) in zip((-0.2, 0.2), used.items(), strict=True):
+    left.bar(torch.arange(16) + shift, share, 0.4, label=name)
+left.axhline(1 / 16, color=COLOURS[5], lw=1, ls="--")
+finish(left, "how often each code is used, normal weights", "code", "share", legend=True)
+rows = torch.arange(len(errors))
+right.barh(rows - 0.2, [e[0] for e in errors.values()], 0.4, label="NF4")
+right.barh(rows + 0.2, [e[1] for e in errors.values()], 0.4, label="evenly spaced")
+right.set_yticks(rows, list(errors))
+right.invert_yaxis()
+finish(right, "relative error", "‖w − w'‖ / ‖w‖", legend=True)
+
+entropy = {name: float(-(torch.xlogy(s, s)).sum() / torch.tensor(2.0).log()) for name, s in used.items()}
+print("bits of information in a 4-bit index:", {name: round(value, 2) for name, value in entropy.items()})
+for name in ("normal", "Laplace", "Student t, 3", "SmolLM2's embedding"):
+    assert errors[name][0] < errors[name][1], name
+assert errors["uniform"][0] > errors["uniform"][1]  # evenly spaced codes are right for evenly spread weights
+assert 0.08 < errors["normal"][0] < 0.1
+assert entropy["NF4"] > entropy["evenly spaced"] > 3
+
+# %% [markdown]
+# NF4's bars are flatter, and still not flat. Why? The derivation scaled the codes so that $\pm1$ are the quantile
+# $Q(p)$,
+# 1.85 standard deviations out. But what is divided by is the largest of 64 weights, and that is further out. So scaled
+# weights lie more in the middle than the codes expect (Yoshida 2023 works it out):
+
+# %%
+_, absmax = encode(samples["normal"], NF4_CODES, 64)
+print(f"Q(p) = {positive[-1]:.2f}, the mean largest of 64 normal weights = {absmax.mean():.2f}")
+assert absmax.mean() > 1.3 * positive[-1]
+
+# %% [markdown]
+# *A remark on honesty.* The package holds SmolLM2's linear layers already quantised (in GGUF's Q4_1: blocks of 32,
+# evenly spaced codes), so they are not what training left; its embedding is stored more finely. We therefore test the
+# codebook on the embedding, and not on layers that would flatter evenly spaced codes.
+#
+# **An outlier** is worse than any shape: it takes the whole range of its block. But only of *its* block.
+
+# %%
+W = torch.randn(4096)
+spoilt = W.clone()
+spoilt[100] = 50.0  # in block 1, elements 64 to 127
+index, absmax = encode(spoilt, NF4_CODES, 64)
+lost = (decode(index, NF4_CODES, absmax, 64) - spoilt).view(-1, 64)
+lost = lost.norm(dim=1) / W.view(-1, 64).norm(dim=1)  # [64 blocks]
+print(f"error of the outlier's block {lost[1]:.2f}, of the others {lost[2:].mean():.3f}")
+assert lost[1] > 0.9 and lost[2:].max() < 0.15
+
+# %% [markdown]
+# ## What the scales cost: double quantisation
+#
+# One float32 for each 64 weights is $32/64 = 0.5$ bits a weight. A second level stores absmax in 8 bits (minus the
+# mean, in blocks of 256): $8/64 + 32/(64 \cdot 256) = 0.127$ bits. Smaller blocks adapt better and cost more. The
+# frontier:
+
+# %%
+matrix = torch.randn(1024, 1024)
+frontier = {}
+for nested in (False, True):
+    points = []
+    for block in (32, 64, 128, 256, 1024, 4096):
+        quantised = lora.ops.nf4_quantize(matrix, block_size=block, double_quant=nested)
+        points.append((nf4_bits(quantised), nf4_error(matrix, quantised), block))
+    frontier[nested] = points
+
+ax = axes(width=5.0)
+for nested, points in frontier.items():
+    bits, lost, blocks = zip(*points, strict=True)
+    ax.plot(bits, lost, "o-", label="absmax in 8 bits" if nested else "absmax in 32 bits")
+    for x, y, block in points[:3]:
+        ax.annotate(block, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+finish(ax, "block size: bits against error, normal weights", "bits a weight", "relative error", legend=True)
+
+(plain, double) = (dict((block, (bits, lost)) for bits, lost, block in frontier[k]) for k in (False, True))  # noqa: C402
+print(f"blocks of 64: {plain[64][0]:.3f} bits and error {plain[64][1]:.4f}; "
+      f"nested {double[64][0]:.3f} bits and {double[64][1]:.4f}")  # fmt: skip
+assert abs(plain[64][0] - 4.5) < 1e-3 and abs(double[64][0] - 4.127) < 2e-3
+assert double[64][1] < 1.01 * plain[64][1]  # 0.37 bits saved for next to nothing
+
+# %% [markdown]
+# ## Training through it
+#
+# $h = xW'^\top + s\,(xA^\top)B^\top$, and from [notebook 3](03_backward.ipynb):
+#
+# $$dx = dy\,W' + s\,(dy\,B)A, \qquad dA = s\,(dy\,B)^\top x, \qquad dB = s\,dy^\top(xA^\top) .$$
+#
+# $W'$ never gets a gradient: it *cannot* change and does not have to. It is needed twice, for $h$ and for $dx$, and is
+# decoded both times instead of being kept. Rounding is a constant of the function, not something to differentiate.
+
+# %%
+BLOCKS = 3
+train_pairs, held_pairs = workshop.pairs(48, 16)
+data = workshop.inputs_of(model, workshop.batches(tokenizer, train_pairs, 4), BLOCKS)
+held = workshop.inputs_of(model, workshop.batches(tokenizer, held_pairs, 8), BLOCKS)
+top = workshop.last_blocks(model, BLOCKS)
+del model
+config = lora.LoRAConfig(r=16, lora_alpha=32)
+
+
+def tuned(base, choices=config):
+    """(losses, the trained model) of twelve steps."""
+    torch.manual_seed(0)
+    base = lora.for_training(lora.inject(base, choices))
+    losses = workshop.train(base, torch.optim.AdamW(lora.trainable_parameters(base), lr=1e-3), data)
+    return losses, base
+
+
+quantised = lora.quantize(copy.deepcopy(top))
+start = {"16-bit base": workshop.mean_loss(top, held), "NF4 base": workshop.mean_loss(quantised, held)}
+frozen = {n: p.detach().clone() for n, p in quantised.named_parameters() if p.dtype == torch.uint8}
+
+plain_losses, lora_model = tuned(copy.deepcopy(top))
+nf4_losses, qlora_model = tuned(quantised)
+end = {"16-bit base": workshop.mean_loss(lora_model, held), "NF4 base": workshop.mean_loss(qlora_model, held)}
+
+after = {n.replace("base_layer.", ""): p for n, p in qlora_model.named_parameters() if p.dtype == torch.uint8}
+assert after.keys() == frozen.keys() and all(torch.equal(after[n], frozen[n]) for n in frozen)  # not one bit changed
+
+ax = axes(width=5.0)
+ax.plot(plain_losses, "o-", label="LoRA, base as loaded")
+ax.plot(nf4_losses, "s--", label="QLoRA, base in NF4")
+finish(ax, "training through a quantised base", "step", "nats a token", legend=True)
+for name in start:
+    print(f"{name:<12} held-out loss {start[name]:.3f} -> {end[name]:.3f}")
+assert end["NF4 base"] < start["NF4 base"] - 0.2
+assert abs(end["NF4 base"] - end["16-bit base"]) < 0.1
+
+# %% [markdown]
+# The adapter can even start by *repairing* what quantisation lost: LoftQ sets $s\,BA$ to the best rank-$r$ part of
+# $W - W'$. How much of the error is that? Quantisation noise has no structure, so a low rank catches only a little of
+# it.
+
+# %%
+W = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+plain_error = nf4_error(W, lora.ops.nf4_quantize(W))
+for r in (4, 16, 64):
+    Q, A, B = loftq(W, r, 1.0)
+    left_over = float((W - lora.ops.nf4_dequantize(Q) - B @ A).norm() / W.norm())
+    print(f"rank {r:2}: error {plain_error:.4f} -> {left_over:.4f}")
+    assert left_over < plain_error
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 1.** A codebook for any distribution: given its quantile function `Q` (symmetric around 0), the 16 codes
+# made as NF4's are.
+
+
+# %% tags=["exercise"]
+def codebook(Q):
+    """16 ascending codes from -1 to 1, 0 among them, at evenly spaced probabilities on either side of 1/2."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(codebook)
+def check_codebook(answer):
+    found = answer(torch.special.ndtri)
+    assert_close(found, NF4_CODES, "the codebook of the normal distribution", atol=1e-5)
+
+    def logistic(p):
+        return torch.log(p / (1 - p))
+
+    found = answer(logistic)
+    assert found[0] == -1 and found[-1] == 1 and 0 in found, "the codes reach from -1 to 1, with 0 among them."
+    assert found[-2] < NF4_CODES[-2], "the logistic has longer tails than the normal: its codes lie nearer to 0."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def codebook(Q):
+#     p = 0.5 * (31 / 32 + 29 / 30)
+#     above = Q(torch.linspace(0.5, p, 9))
+#     below = -Q(torch.linspace(0.5, p, 8))
+#     return torch.cat([below[1:].flip(0), above]) / above[-1]
+# ```
+# </details>
+#
+# **Exercise 2.** Quantise by hand: one block of values to `(index, absmax)`. The nearest code wins, a tie goes to the
+# lower one.
+
+
+# %% tags=["exercise"]
+def quantise_block(w, codes):
+    """(index of the nearest code for each w / absmax, absmax)."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(quantise_block)
+def check_quantise_block(answer):
+    for seed in range(5):
+        w = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        index, absmax = encode(w, NF4_CODES, 64)
+        found = answer(w, NF4_CODES)
+        assert found is not None and len(found) == 2, "expected a pair (index, absmax)."
+        assert float(found[1]) == float(absmax[0]), f"absmax is {float(found[1])}, expected {float(absmax[0])}."
+        wrong = int((found[0].int() != index.int()).sum())
+        assert wrong == 0, f"{wrong} of 64 indices are not those of the nearest code."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def quantise_block(w, codes):
+#     absmax = w.abs().max()
+#     distance = (w[:, None] / absmax - codes).abs()  # [64, 16]
+#     return distance.argmin(dim=1), absmax
+# ```
+#
+# `argmin` takes the first of equals: the lower code.
+# </details>
+#
+# **Exercise 3.** Bits a weight, for blocks of `block`, with absmax in float32 (`nested=None`) or in 8 bits in blocks of
+# `nested`.
+
+
+# %% tags=["exercise"]
+def bits(block, nested=None):
+    """Bits a weight of a large matrix."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(bits)
+def check_bits(answer):
+    W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    for block, nested in ((64, None), (128, None), (64, 256), (32, 128)):
+        options = {"double_quant": False} if nested is None else {"nested_block_size": nested}
+        real = nf4_bits(lora.ops.nf4_quantize(W, block_size=block, **options))
+        found = answer(block, nested)
+        assert found is not None and abs(found - real) < 1e-3, (
+            f"bits({block}, {nested}) is {found}, stored: {real:.4f}."
+        )
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def bits(block, nested=None):
+#     return 4 + (32 / block if nested is None else 8 / block + 32 / (block * nested))
+# ```
+# </details>
+#
+# ## Where this lives in the code
+#
+# - [`lora/reference/nf4.py`](../lora/reference/nf4.py): both levels, LoftQ;
+#   [`lora/nf4_format.py`](../lora/nf4_format.py): the code tables and bitsandbytes' file format.
+# - [`lora/reference/linear.py`](../lora/reference/linear.py): `FrozenNF4Linear`, which decodes twice and stores never.
+# - Next: [from PyTorch to Triton](07_triton.ipynb).
+#
+# ## References
+#
+# - T. Dettmers et al., *QLoRA: Efficient Finetuning of Quantized LLMs*, 2023, sections 2 and 3.
+# - D. Yoshida, *NF4 Isn't Information Theoretically Optimal (and that's Good)*, 2023.
+# - T. Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, 2022.
+# - Y. Li et al., *LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models*, 2023.

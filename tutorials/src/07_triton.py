@@ -1,0 +1,394 @@
+# %% [markdown]
+# # 7. From PyTorch to Triton
+#
+# **The question.** PyTorch's kernels are fast. Why does the fast backend bring its own, and can you learn to read and
+# write them without a GPU?
+
+# %% [markdown]
+# Triton's *interpreter* runs the real kernels on CPU tensors, one program after the other. It must be chosen before
+# Triton is imported; after that, everything below is what a GPU would run, only slowly.
+
+# %% tags=["setup"]
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import json
+import subprocess
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+import lora
+from lora import Projection
+from lora.fast.kernels import activation, gemm
+from workshop import COLOURS, ROOT, assert_close, axes, checks, finish
+
+# %% [markdown]
+# ## Predict
+#
+# 1. $h = \mathrm{silu}(g) \odot z$ in PyTorch is two operations. How many times does each number cross the memory
+#    bus, and how many times must it?
+# 2. A kernel with blocks of 128 runs over 300 elements without a mask. What does it read, and what does it *write*?
+# 3. On an H100 (3.35 TB/s, 989 TFLOP/s in 16 bits): does arithmetic or memory bound SwiGLU? And a LoRA linear layer
+#    4096 → 14336 on 64 tokens, on 8192?
+#
+# ## The derivation: the roofline
+#
+# A kernel that moves $Q$ bytes and does $F$ operations takes at least
+#
+# $$t \ge \max\left(\frac{Q}{\beta}, \frac{F}{\pi}\right),$$
+#
+# with $\beta$ bytes and $\pi$ operations a second. The second term wins if its *intensity* $F/Q$ exceeds $\pi/\beta$:
+# on an H100 about 295 operations a byte. SwiGLU reads $g$ and $z$, writes $h$, 2 bytes each, and does some ten
+# operations: intensity $10/6$. It is bound by memory, and nothing but moving fewer bytes makes it faster. Two PyTorch
+# operations read two numbers, write three ($\mathrm{silu}(g)$ goes out to memory and comes back), so five crossings;
+# one fused kernel has three.
+
+# %% [markdown]
+# ## A kernel in ten lines
+#
+# A Triton kernel is written for one *program*, which handles one block. `program_id` says which one it is, `arange`
+# makes the offsets of a whole block, a *mask* says which of them exist.
+
+
+# %% tags=["setup"]
+@triton.jit
+def swiglu_kernel(g_ptr, z_ptr, h_ptr, n, BLOCK: tl.constexpr):
+    """One program computes BLOCK elements of h = silu(g) ⊙ z."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    b_g = tl.load(g_ptr + o, mask=m, other=0.0)
+    b_z = tl.load(z_ptr + o, mask=m, other=0.0)
+    tl.store(h_ptr + o, b_g / (1 + tl.exp(-b_g)) * b_z, mask=m)
+
+
+# %%
+torch.manual_seed(0)
+g, z = torch.randn(300), torch.randn(300)
+h = torch.full_like(g, torch.nan)  # what no program writes stays NaN
+swiglu_kernel[(triton.cdiv(300, 128),)](g, z, h, 300, BLOCK=128)  # 3 programs, the last one masked after 44
+assert_close(h, torch.nn.functional.silu(g) * z, "h")
+
+# %% [markdown]
+# **Without the mask** the last program reads and writes 84 numbers that are not its own. We give it a larger buffer, so
+# that we can look at the damage:
+
+
+# %%
+@triton.jit
+def careless_kernel(g_ptr, z_ptr, h_ptr, n, BLOCK: tl.constexpr):
+    """The same with no mask: wrong."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_g = tl.load(g_ptr + o)
+    tl.store(h_ptr + o, b_g / (1 + tl.exp(-b_g)) * tl.load(z_ptr + o))
+
+
+roomy_g, roomy_z = torch.ones(384), torch.ones(384)
+neighbour = torch.full((384,), 7.0)  # h is the first 300; what follows belongs to somebody else
+careless_kernel[(3,)](roomy_g, roomy_z, neighbour, 300, BLOCK=128)
+assert int((neighbour[300:] != 7).sum()) == 84
+swiglu_kernel[(3,)](roomy_g, roomy_z, fine := torch.full((384,), 7.0), 300, BLOCK=128)
+assert (fine[300:] == 7).all() and (fine[:300] != 7).all()
+
+# %% [markdown]
+# ## Two dimensions, and who does what
+#
+# The project's [`gated_forward_kernel`](../lora/fast/kernels/activation.py) works on tiles of a matrix. Its offsets
+# come from `tile_offsets`; products walk over their tiles in groups (`tile_in_group`), so that programs that run at
+# the same time share rows and columns and find them in the cache. We let each program write its number into its tile.
+
+
+# %%
+@triton.jit
+def who_kernel(out_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Each element gets the number of the program that owns it: rows of tiles."""
+    o_m, o_n = activation.tile_offsets(N, BLOCK_M, BLOCK_N)
+    tl.store(out_ptr + o_m * N + o_n, tl.program_id(0), mask=(o_m < M) & (o_n < N))
+
+
+@triton.jit
+def who_grouped_kernel(out_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The same in the order of the LoRA GEMM."""
+    tile_m, tile_n = gemm.tile_in_group(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    o_m, o_n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out_ptr + o_m * N + o_n, tl.program_id(0), mask=(o_m < M) & (o_n < N))
+
+
+M, N, BM, BN = 58, 122, 8, 16
+tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
+plain, grouped = (torch.full((M, N), -1, dtype=torch.int32) for _ in range(2))
+who_kernel[(tiles,)](plain, M, N, BLOCK_M=BM, BLOCK_N=BN)
+who_grouped_kernel[(tiles,)](grouped, M, N, BLOCK_M=BM, BLOCK_N=BN, GROUP_M=4)
+
+for ax, image, title in zip(
+    axes(2, height=2.6), (plain, grouped), ("row after row", "in groups of 4 rows"), strict=True
+):
+    ax.imshow(torch.where(image < 16, 20 + image, 5), cmap="Blues", vmin=0, vmax=40, aspect="auto")
+    ax.grid(False)
+    for pid in range(tiles):
+        rows, columns = (image == pid).nonzero(as_tuple=True)
+        place, colour = (columns.float().mean(), rows.float().mean()), "white" if pid < 16 else COLOURS[5]
+        ax.text(*place, pid, ha="center", va="center", color=colour, fontsize=7)
+    finish(ax, f"{title}; programs 0 to 15 stand out")
+
+
+def operand_tiles(image) -> int:
+    """Row blocks of x and column blocks of w that programs 0 to 15 read together."""
+    rows, columns = (image < 16).nonzero(as_tuple=True)
+    return len(set((rows // BM).tolist())) + len(set((columns // BN).tolist()))
+
+
+print(f"operand tiles that 16 programs share: {operand_tiles(plain)} row after row, {operand_tiles(grouped)} in groups")
+for image in (plain, grouped):
+    assert image.min() == 0 and image.max() == tiles - 1  # every element was written, by a program that exists
+    assert len(image.unique()) == tiles
+assert operand_tiles(grouped) < operand_tiles(plain)
+
+# %% [markdown]
+# ## The real thing, in the interpreter
+#
+# `gated_forward` launches the kernel above with its masks, strides and types. Rows may be strided, so we give it the
+# two halves of one buffer, as the fast backend does.
+
+# %%
+both = torch.randn(13, 2 * 50)
+g, z = both.chunk(2, dim=1)  # not contiguous: stride 100
+out = activation.gated_forward(g, z, "silu")
+assert_close(out, torch.nn.functional.silu(g) * z, "SwiGLU forward")
+
+dh = torch.randn(13, 50)
+dg, dz, _ = activation.gated_backward(dh, g, z, "silu")
+leaves = [g.clone().requires_grad_(), z.clone().requires_grad_()]
+truth = torch.autograd.grad(torch.nn.functional.silu(leaves[0]) * leaves[1], leaves, dh)
+assert_close(dg, truth[0], "dg", atol=1e-5)
+assert_close(dz, truth[1], "dz", atol=1e-5)
+
+# %% [markdown]
+# ## The LoRA GEMM, step by step
+#
+# One tile of $h = xW^\top + s\,uB^\top$ in one program. The trick is in the first line: **the accumulator does not
+# start at zero, it starts at the update**. So the update is never written, read or added. In plain Python, one tile:
+
+
+# %% tags=["setup"]
+def lora_tile(x, W, u, B, s, rows, columns, block_k=16):
+    """h[rows, columns] as one program computes it, and the accumulator after each step."""
+    acc = s * (u[rows] @ B[columns].T)  # [BLOCK_M, BLOCK_N], float32, in registers
+    states = [acc.clone()]
+    for k in range(0, x.shape[1], block_k):
+        acc += x[rows, k : k + block_k] @ W[columns, k : k + block_k].T
+        states.append(acc.clone())
+    return acc, states
+
+
+# %%
+torch.manual_seed(0)
+tokens, fan_in, fan_out, r, s = 24, 64, 40, 4, 0.5
+x, W = torch.randn(tokens, fan_in), torch.randn(fan_out, fan_in) / 8
+A, B = torch.randn(r, fan_in) / 8, torch.randn(fan_out, r)
+u = gemm.skinny_gemm(x, A)  # x Aᵀ, the thin product, a kernel of its own
+full = gemm.lora_gemm(x, W, u, B, None, s)  # the real kernel, interpreted
+
+tile, states = lora_tile(x, W, u, B, s, slice(0, 16), slice(16, 32))
+assert_close(tile, full[:16, 16:32], "the tile", atol=1e-5)
+assert_close(full, lora.reference.lora_linear(x, Projection(W, None, A, B, s)), "the kernel", atol=1e-5)
+assert_close(states[0], s * (u @ B.T)[:16, 16:32], "what the accumulator starts from", atol=1e-5)
+
+figures = axes(len(states), width=2.0, height=2.1)
+for number, (ax, state) in enumerate(zip(figures, states, strict=True)):
+    ax.imshow(state, cmap="RdBu", vmin=-4, vmax=4)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    finish(ax, "s·u Bᵀ" if number == 0 else f"+ x W, k < {16 * number}")
+
+# %% [markdown]
+# ## What it compiles to, without a GPU
+#
+# Triton compiles for an H100 on any machine: `lora.fast.kernels.compile_check` asks the compiler for registers,
+# spills and instructions. (In a process of its own: under the interpreter, kernels are Python functions.) The spec
+# lists also say how many bytes a call must move and how many operations it does, which is all the roofline needs.
+
+# %%
+PROGRAM = """
+import json
+from lora.fast.kernels import activation, gemm
+from lora.fast.kernels.compile_check import compile_for
+specs = [*gemm.compile_specs(), *activation.compile_specs()]
+rows = [(s.name, s.flops, s.bytes_minimum, "fp32" in s.name) for s in specs]
+chosen = [s for s in specs if s.name in (specs[0].name, "gated_forward silu bfloat16")]
+fields = ("registers", "spills", "shared_bytes", "matrix_instruction", "wide_loads", "atomics")
+reports = {s.name: {f: getattr(compile_for(s, "sm_90"), f) for f in fields} for s in chosen}
+print(json.dumps([rows, reports]))
+"""
+environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+environment["PYTHONPATH"] = str(ROOT)
+finished = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+rows, reports = json.loads(finished.stdout)
+
+for name, report in reports.items():
+    wide, loads = report["wide_loads"]
+    print(f"{name}\n   {report['registers']} registers a thread, {report['spills']} spills, "
+          f"{report['shared_bytes'] // 1024} KiB shared, matrix instruction {report['matrix_instruction'] or 'none'}, "
+          f"{wide} of {loads} loads are of 128 bits")  # fmt: skip
+    assert report["spills"] == 0 and report["atomics"] == 0 and wide == loads
+product, elementwise = reports.values()
+assert product["matrix_instruction"] == "HGMMA" and elementwise["matrix_instruction"] == ""
+
+# %%
+BANDWIDTH, PEAK = 3.35e12, 989e12  # H100, 16-bit operands
+ridge = PEAK / BANDWIDTH
+kinds = {"lora_gemm": "o", "skinny_gemm": "s", "lora_A_gradient": "^", "gated_forward silu bfloat16": "D"}
+ax = axes(width=5.6, height=3.4)
+intensities = torch.logspace(-1, 4, 50)
+ax.loglog(intensities, (intensities * BANDWIDTH).clamp(max=PEAK) / 1e12, color=COLOURS[5])
+points = {}
+for colour, (kind, marker) in zip(COLOURS, kinds.items(), strict=False):
+    found = [row for row in rows if row[0].startswith(kind) and ", plus" not in row[0] and not row[3]]
+    found = [(name, f or 10 * q / 6, q) for name, f, q, _ in found]  # SwiGLU: about ten operations for six bytes
+    for name, f, q in found:
+        points[name] = f / q
+    xs = torch.tensor([f / q for _, f, q in found])
+    label = kind.split(" ")[0].replace("gated_forward", "SwiGLU")
+    size = 9 if kind == "skinny_gemm" else 6  # it lies under others of the same intensity
+    ax.loglog(xs, (xs * BANDWIDTH).clamp(max=PEAK) / 1e12, marker, color=colour, label=label, markersize=size)
+finish(ax, "roofline of an H100 (bounds, not measured times)", "operations a byte", "TFLOP/s at most", legend=True)
+
+large = next(v for k, v in points.items() if k.startswith("lora_gemm forward bf16, 8192"))
+small = next(v for k, v in points.items() if k.startswith("lora_gemm forward bf16, 64"))
+print(f"ridge {ridge:.0f} operations a byte; LoRA GEMM on 8192 tokens {large:.0f}, on 64 tokens {small:.0f}")
+assert small < ridge < large
+assert points["gated_forward silu bfloat16"] < 2
+
+# %% [markdown]
+# On 64 tokens the layer only waits for $W$ to arrive: that is generation. On 8192 it computes: that is training. The
+# thin products of LoRA, with intensity about $r$, always wait for memory. Hence the design: put the update into the
+# wide product, and read $x$ once for all thin ones.
+#
+# ## Exercises
+#
+# **Exercise 1.** The grid: how many programs cover an $M \times N$ matrix in tiles of `bm` × `bn`, and how many
+# elements of all those tiles are masked off? Return both.
+
+
+# %% tags=["exercise"]
+def grid(M, N, bm, bn):
+    """(programs, elements of their tiles that lie outside the matrix)."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(grid)
+def check_grid(answer):
+    for M, N, bm, bn in ((58, 122, 8, 16), (64, 64, 16, 16), (1, 300, 1, 128)):
+        found = answer(M, N, bm, bn)
+        assert found is not None and len(found) == 2, "expected a pair."
+        programs = len(range(0, M, bm)) * len(range(0, N, bn))
+        assert found[0] == programs, f"{M} × {N} in {bm} × {bn} tiles: {found[0]} programs, expected {programs}."
+        assert found[1] == programs * bm * bn - M * N, (
+            f"{found[1]} elements masked off, which is not what is left over."
+        )
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def grid(M, N, bm, bn):
+#     programs = triton.cdiv(M, bm) * triton.cdiv(N, bn)
+#     return programs, programs * bm * bn - M * N
+# ```
+# </details>
+#
+# **Exercise 2.** Write a kernel: $h = \alpha x + y$ for `n` elements, any `n`. The checker decorates it with
+# `triton.jit`, runs it, and looks at what it wrote where it should not have.
+
+
+# %% tags=["exercise"]
+def axpy_kernel(x_ptr, y_ptr, h_ptr, alpha, n, BLOCK: tl.constexpr):
+    """One program computes BLOCK elements of h = alpha · x + y."""
+    # your code here
+
+
+# %% tags=["checker"]
+@checks(axpy_kernel)
+def check_axpy_kernel(answer):
+    kernel = triton.jit(answer)
+    for n in (1, 64, 100):
+        generator = torch.Generator().manual_seed(n)
+        x, y = torch.randn(256, generator=generator), torch.randn(256, generator=generator)
+        h = torch.full((256,), 7.0)
+        kernel[(triton.cdiv(n, 64),)](x, y, h, 0.5, n, BLOCK=64)
+        assert not (h[:n] == 7).all(), f"n = {n}: no program wrote anything."
+        assert_close(h[:n], 0.5 * x[:n] + y[:n], f"h for n = {n}")
+        assert (h[n:] == 7).all(), f"n = {n}: {int((h[n:] != 7).sum())} numbers behind the end were overwritten."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def axpy_kernel(x_ptr, y_ptr, h_ptr, alpha, n, BLOCK: tl.constexpr):
+#     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+#     m = o < n
+#     b_x = tl.load(x_ptr + o, mask=m, other=0.0)
+#     b_y = tl.load(y_ptr + o, mask=m, other=0.0)
+#     tl.store(h_ptr + o, alpha * b_x + b_y, mask=m)
+# ```
+# </details>
+#
+# **Exercise 3.** From how many tokens on is $h = xW^\top + s\,uB^\top$ bound by arithmetic? Count 2 bytes a number,
+# each of $x$, $W$, $u$, $B$ read and $h$ written once, and $2T\,\text{out}\,(\text{in} + r)$ operations. Return the
+# smallest $T$ whose intensity exceeds `ridge`, or `None` if there is none.
+
+
+# %% tags=["exercise"]
+def arithmetic_from(fan_in, fan_out, r, ridge):
+    """The smallest number of tokens with more than `ridge` operations a byte; None if no number will do."""
+    raise NotImplementedError
+
+
+# %% tags=["checker"]
+@checks(arithmetic_from)
+def check_arithmetic_from(answer):
+    def intensity(T, i, o, r):
+        return 2 * T * o * (i + r) / (2 * (T * i + i * o + T * o + r * (T + o)))
+
+    for i, o, ridge in ((4096, 14336, 295), (4096, 4096, 295), (1024, 1024, 100)):
+        T = answer(i, o, 16, ridge)
+        assert isinstance(T, int), f"for {i} → {o} it is {T!r}, expected a whole number of tokens."
+        assert intensity(T, i, o, 16) > ridge, (
+            f"{T} tokens, {i} → {o}: {intensity(T, i, o, 16):.1f} is not above {ridge}."
+        )
+        assert intensity(T - 1, i, o, 16) <= ridge, f"{T - 1} tokens would do for {i} → {o}."
+    assert answer(576, 576, 16, 295) is None, "576 → 576 never gets there: its intensity has a limit below 295."
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def arithmetic_from(fan_in, fan_out, r, ridge):
+#     each = fan_out * (fan_in + r) - ridge * (fan_in + fan_out + r)  # 2 T (..) > 2 ridge (..), terms in T
+#     rest = ridge * fan_out * (fan_in + r)  # and terms without: W and B
+#     return None if each <= 0 else rest // each + 1
+# ```
+#
+# For 4096 → 14336 it is some 320 tokens. SmolLM2's layers are too small to be bound by arithmetic on an H100, ever.
+# </details>
+#
+# ## Where this lives in the code
+#
+# - [`lora/fast/kernels/activation.py`](../lora/fast/kernels/activation.py),
+#   [`gemm.py`](../lora/fast/kernels/gemm.py): the kernels of this notebook;
+#   [`compile_check.py`](../lora/fast/kernels/compile_check.py): reading what they compile to.
+# - [`docs/benchmarks/h100.md`](../docs/benchmarks/h100.md): measured times, beside these bounds.
+# - Next: [memory](08_memory.ipynb).
+#
+# ## References
+#
+# - P. Tillet et al., *Triton: An Intermediate Language and Compiler for Tiled Neural Network Computations*, 2019.
+# - S. Williams et al., *Roofline: An Insightful Visual Performance Model*, 2009.
+# - S. Rush, *Triton Puzzles*, 2024: more exercises in the interpreter.
