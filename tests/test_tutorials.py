@@ -143,3 +143,13 @@ def test_a_checker_tells_what_the_reader_did_wrong(capsys):
 
     with pytest.raises(workshop.UnsolvedError, match="Replace the line that raises"):
         workshop.judge(check, stub)
+
+
+def test_what_belongs_to_a_run_or_a_machine_is_left_out_and_stderr_is_an_error():
+    build = module("build")
+    shown = nbformat.v4.new_output("stream", text=f"{ROOT}/lora: <object at 0x7f00aa>\n")
+    assert build.tidy(shown).text == "./lora: <object>\n"
+    picture = nbformat.v4.new_output("display_data", {"image/png": "…", "text/plain": "<Figure size 640x480>"})
+    assert dict(build.tidy(picture).data) == {"image/png": "…"}
+    with pytest.raises(RuntimeError, match="wrote to stderr"):
+        build.tidy(nbformat.v4.new_output("stream", name="stderr", text="UserWarning"))

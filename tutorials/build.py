@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ def unexecuted(source: Path) -> Any:
 
 
 def executed(source: Path) -> Any:
-    """The notebook of a source with its outputs. Raises: nbclient's CellExecutionError where a cell fails."""
+    """The notebook of a source with its outputs. Raises: RuntimeError, with the traceback, where a cell fails."""
     from nbclient import NotebookClient
 
     notebook = unexecuted(source)
@@ -67,7 +68,12 @@ def executed(source: Path) -> Any:
         record_timing=False,
         resources={"metadata": {"path": str(HERE)}},
     )
-    client.execute(env=environment)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        try:
+            client.execute(env=environment, stderr=said)
+        except Exception as error:
+            said.seek(0)
+            raise RuntimeError(f"{error}\nThe kernel's own messages:\n{said.read()}") from error
     notebook.metadata = nbformat.from_dict(KERNEL)
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -97,11 +97,14 @@ layer.zero_grad()
 layer(x).backward(dy)
 assert torch.count_nonzero(layer.lora_A.grad) == layer.lora_A.numel()  # from the second step on, A moves too
 
+torch.nn.init.normal_(layer.lora_B)
+assert not torch.allclose(layer(x), linear(x), atol=0.1)  # prediction 3: both random, and step 0 is another model
+
 # %% [markdown]
 # ## The same on a real model
 #
-# `lora.inject` puts such a layer beside each of SmolLM2's 210 linear layers. Twelve steps of plain gradient descent on
-# eight docstrings; we record how far $A$ and $B$ have moved.
+# `lora.inject` puts such a layer around every linear layer of a model; here it is the last four blocks of SmolLM2.
+# Twelve steps of plain gradient descent on eight docstrings; we record how far $A$ and $B$ have moved.
 
 # %%
 BLOCKS = 4
@@ -150,12 +153,13 @@ print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; A moved {moved_A[-1]:.3f}, B m
 assert grad_A[0] == 0 and grad_A[1] > 0 and grad_B[0] > 0
 assert moved_A[1] == 0 and moved_B[1] > 0  # the first step moved B alone
 assert moved_B[-1] > 2 * moved_A[-1]  # and B stays ahead: A's gradient is in proportion to B
+assert moved_A[-1] < 0.05 * norm(A0)  # a small part of what A was from the start
 assert losses[-1] < losses[0]
 
 # %% [markdown]
-# $dA = s\,(dy\,B)^\top x$ is in proportion to $B$, which is small for a long time. For many steps LoRA is nearly a
-# *linear* model: fixed random features $Ax$, trained weights $B$. [Notebook 5](05_rank_alpha_init.ipynb) asks what
-# follows for learning rates.
+# $dA = s\,(dy\,B)^\top x$ is in proportion to $B$, which starts at zero, while $A$ starts large: for many steps LoRA is
+# nearly a *linear* model, with fixed random features $Ax$ and trained weights $B$. [Notebook
+# 5](05_rank_alpha_init.ipynb) asks what follows for learning rates.
 #
 # ## How much of the gradient does a random $A$ let through?
 #

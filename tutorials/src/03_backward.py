@@ -174,7 +174,8 @@ assert thin[at_16] < 0.01 * frozen < frozen < thick[at_16]
 #
 # Autograd has a hook that sees each tensor an operation saves. `workshop.saved_bytes` adds them up, each piece of
 # memory once, without the parameters. One SwiGLU MLP, $y = \mathrm{down}(\mathrm{silu}(\mathrm{gate}(x)) \odot
-# \mathrm{up}(x))$, has five wide intermediates. The least is $x$, $g$ and $z$: everything else can be computed again
+# \mathrm{up}(x))$, has four wide intermediates: $g = \mathrm{gate}(x)$, $\mathrm{silu}(g)$,
+# $z = \mathrm{up}(x)$, and the product. The least is $x$, $g$ and $z$: everything else can be computed again
 # from those in one pass.
 
 

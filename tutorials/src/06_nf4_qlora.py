@@ -192,12 +192,12 @@ def tuned(base, choices=config):
 
 
 quantised = lora.quantize(copy.deepcopy(top))
-start = {"16-bit base": workshop.mean_loss(top, held), "NF4 base": workshop.mean_loss(quantised, held)}
+start = {"base as loaded": workshop.mean_loss(top, held), "NF4 base": workshop.mean_loss(quantised, held)}
 frozen = {n: p.detach().clone() for n, p in quantised.named_parameters() if p.dtype == torch.uint8}
 
 plain_losses, lora_model = tuned(copy.deepcopy(top))
 nf4_losses, qlora_model = tuned(quantised)
-end = {"16-bit base": workshop.mean_loss(lora_model, held), "NF4 base": workshop.mean_loss(qlora_model, held)}
+end = {"base as loaded": workshop.mean_loss(lora_model, held), "NF4 base": workshop.mean_loss(qlora_model, held)}
 
 after = {n.replace("base_layer.", ""): p for n, p in qlora_model.named_parameters() if p.dtype == torch.uint8}
 assert after.keys() == frozen.keys() and all(torch.equal(after[n], frozen[n]) for n in frozen)  # not one bit changed
@@ -207,9 +207,9 @@ ax.plot(plain_losses, "o-", label="LoRA, base as loaded")
 ax.plot(nf4_losses, "s--", label="QLoRA, base in NF4")
 finish(ax, "training through a quantised base", "step", "nats a token", legend=True)
 for name in start:
-    print(f"{name:<12} held-out loss {start[name]:.3f} -> {end[name]:.3f}")
+    print(f"{name:<14} held-out loss {start[name]:.3f} -> {end[name]:.3f}")
 assert end["NF4 base"] < start["NF4 base"] - 0.2
-assert abs(end["NF4 base"] - end["16-bit base"]) < 0.1
+assert abs(end["NF4 base"] - end["base as loaded"]) < 0.1
 
 # %% [markdown]
 # The adapter can even start by *repairing* what quantisation lost: LoftQ sets $s\,BA$ to the best rank-$r$ part of

@@ -44,8 +44,8 @@ from workshop import COLOURS, ROOT, assert_close, axes, checks, finish
 # with $\beta$ bytes and $\pi$ operations a second. The second term wins if its *intensity* $F/Q$ exceeds $\pi/\beta$:
 # on an H100 about 295 operations a byte. SwiGLU reads $g$ and $z$, writes $h$, 2 bytes each, and does some ten
 # operations: intensity $10/6$. It is bound by memory, and nothing but moving fewer bytes makes it faster. Two PyTorch
-# operations read two numbers, write three ($\mathrm{silu}(g)$ goes out to memory and comes back), so five crossings;
-# one fused kernel has three.
+# operations read three numbers and write two ($\mathrm{silu}(g)$ goes out to memory and comes back): five crossings.
+# One fused kernel has three.
 
 # %% [markdown]
 # ## A kernel in ten lines

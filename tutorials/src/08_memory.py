@@ -89,7 +89,8 @@ assert at_most["fast"][-1] / at_most["fast"][-2] < 1.1  # does not: a chunk is a
 # $$\text{none}: n a \qquad \text{every block}: n i + a \qquad \text{segments of } k:\ \tfrac nk\, i + k a .$$
 #
 # "Every block" keeps the inputs; when the backward comes to a block, it runs that block's forward again, and for a
-# moment its $a$ is there. The price is one more forward, about a third more arithmetic, whatever the form. With
+# moment its $a$ is there. The price is one more forward, whatever the form: a third more
+# arithmetic in full training, half as much again where frozen weights have no gradient. With
 # segments, the least is at $k = \sqrt{n i / a}$ (Chen et al. 2016: memory like $\sqrt n$). In a transformer $a$ is
 # many times $i$, so $k = 1$ is best.
 
