@@ -135,12 +135,18 @@ def part_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class; below the one that FSDP2 makes of it, where it is sharded."""
+    kinds = type(module).__mro__
+    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
+
+
 def refuse_sharded(model: nn.Module, verb: str, instead: str = "do that before sharding it") -> None:
     """Raises LoRAError where a model is sharded and `verb` needs it whole."""
     name = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if name is not None:
         raise LoRAError(
-            f"{verb}: this {type(model).__name__} is sharded over processes ({name} is a DTensor), expected whole "
+            f"{verb}: this {class_of(model).__name__} is sharded over processes ({name} is a DTensor), expected whole "
             f"tensors: {instead}."
         )
 

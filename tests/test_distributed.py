@@ -47,7 +47,9 @@ def forked(script: str, argument: Path) -> None:
 
 def test_a_step_of_two_processes_is_the_step_of_one(tmp_path: Path) -> None:
     forked("cases.py", tmp_path / "cases.json")
-    found = json.loads((tmp_path / "cases.json").read_text())
+    written = json.loads((tmp_path / "cases.json").read_text())
+    check_verbs(written["verbs"])
+    found = written["cases"]
     assert [tuple(one[name] for name in ("way", "base", "backend")) for one in found] == [c[:3] for c in every_case()]
     for one in found:
         told = json.dumps(one)
@@ -56,6 +58,23 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path: Path) -> None:
         assert one["parameters"] <= GRADIENTS, told
         assert one["size"] > MAX_NORM, told  # clipping clips
         assert one["moved"] > 1e-3, told  # three orders above what is compared
+
+
+def check_verbs(found: dict[str, Any]) -> None:
+    """What else a sharded model does: it is saved as the whole one is, once; and what it cannot do, it says."""
+    assert found["saved"] == dict.fromkeys(("plain", "pissa", "dora", "copy", "nf4"), "the same")
+    assert found["written by"] == {"0": True, "1": False}
+    for verb in ("merge", "add_adapter", "load_adapter", "shard", "inject"):
+        wrong = (
+            rf"{verb}: this LlamaForCausalLM is sharded over processes \(.* is a DTensor\), expected whole tensors: \w"
+        )
+        assert re.match(wrong, found[verb]), found[verb]
+    assert "lora merge --model" in found["merge"]
+    assert "a tensor is a DTensor: gather it" in found["operation"]
+    assert "torch.float64 and torch.float32" in found["dtypes"] or "torch.float32 and torch.float64" in found["dtypes"]
+    assert "give them as blocks=" in found["blocks"]
+    assert found["fused"] == ["the same", "the same"]
+    assert found["policy"] == {"bytes": True, "trained": "torch.bfloat16", "loss": pytest.approx(0, abs=2**-6)}
 
 
 def test_the_cases_cover_what_can_be_combined() -> None:
@@ -89,7 +108,8 @@ def test_whole_runs_are_the_run_of_one_process_and_end_together(tmp_path: Path) 
     one_says(ends["other weights"], 2, "process 1 has another base model than process 0")
     one_says(ends["accelerate's FSDP"], 2, "remove fsdp_config .* give --sharding full")
     one_says(ends["a typo"], 2, "there is no option '--shard'")
-    assert "processes  2" in ends["two sharded"][0][1].replace("processes 2", "processes  2")
+    assert "2, each with a part of each tensor; 2 × 6 = 12 examples a step" in ends["two sharded"][0][1]
+    assert "4 batches a step, as before: 4 on each process" in ends["two, then one"][0][1]
 
 
 def same_run(run: Path, straight: Path, ends: list[Any]) -> None:

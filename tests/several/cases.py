@@ -8,6 +8,7 @@ same is what the whole of training depends on: the gradient of the mean loss ove
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -19,17 +20,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from several.processes import Processes
-from tiny import stir, tiny_llama
+from tiny import stir, tiny_llama, toy
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora
 from lora.distributed import shard, share_of, whole
+from lora.errors import LoRAError
 from lora.train.loss import NextTokenLoss
 from lora.train.parallel import replicated, sharded
 from lora.train.world import World
 
 SIZE, EXAMPLES, TOKENS, VOCAB = 2, 2, 12, 64  # processes; of a batch
 MAX_NORM, LR = 0.2, 1.0
+CONFIG = functools.partial(lora.LoRAConfig, r=4, lora_alpha=8)
 LABELS = ("even", "uneven", "one masked")
 
 
@@ -130,6 +134,94 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float((one - other).norm() / other.norm())
 
 
+# ---- what else one does with a model
+
+
+def refused(action: Any) -> str:
+    """The message of the error that `action` must raise."""
+    try:
+        action()
+    except LoRAError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def adapted(base: str = "plain", **options: Any) -> Any:
+    model = tiny_llama()
+    if base == "nf4":
+        lora.quantize(model, "nf4")
+    torch.manual_seed(3)
+    lora.inject(model, CONFIG(**options))
+    stir(model)
+    return lora.for_training(model)
+
+
+def verbs_of_sharded(world: World, root: Path) -> dict[str, Any]:
+    """Saving, and everything that is refused."""
+    found: dict[str, Any] = {"saved": {}}
+    kinds: dict[str, dict[str, Any]] = {"plain": {}, "pissa": {"init_lora_weights": "pissa"}, "nf4": {"base": "nf4"}}
+    kinds |= {"copy": {"modules_to_save": ["lm_head"]}, "dora": {"use_dora": True}}
+    for name, options in kinds.items():
+        straight, folder = root / f"{name}-whole-{world.rank}", root / f"{name}-{world.rank}"
+        lora.save_adapter(adapted(**options), straight)
+        lora.save_adapter(shard(adapted(**options)), folder)
+        if world.main:
+            one, other = (path / "adapter_model.safetensors" for path in (folder, straight))
+            found["saved"][name] = "the same" if one.read_bytes() == other.read_bytes() else "different"
+    found["written by"] = {str(rank): has for rank, has in enumerate(world.gather(folder.exists()))}
+
+    model = shard(adapted())
+    found["merge"] = refused(lambda: lora.merge(model))
+    found["add_adapter"] = refused(lambda: lora.add_adapter(model, CONFIG(), "other"))
+    found["load_adapter"] = refused(lambda: lora.load_adapter(model, root / "plain-0", "other"))
+    found["shard"] = refused(lambda: shard(model))
+    layer = model.model.layers[0].mlp.up_proj
+    with lora.use_backend("fast"):
+        found["operation"] = refused(lambda: lora.ops.lora_linear(torch.ones(2, 32), layer.projection_of(("default",))))
+    bare = tiny_llama()
+    fully_shard(bare)
+    found["inject"] = refused(lambda: lora.inject(bare, CONFIG()))
+    mixed = adapted()
+    factor = mixed.model.layers[0].mlp.up_proj.lora_A["default"]
+    factor.data = factor.data.double()
+    found["dtypes"] = refused(lambda: shard(mixed))
+    found["blocks"] = refused(lambda: shard(lora.inject(toy(), CONFIG(target_modules=["q_proj"]))))
+    found["policy"] = under_a_policy()
+    found["fused"] = fused_as_before()
+    return found
+
+
+def fused_as_before() -> list[str]:
+    """Whether sharding a fused model, and fusing a sharded one, patches what is patched in a whole one."""
+    with lora.use_backend("fast"):
+        model = adapted()
+        before = patched(model)
+        after = [patched(shard(model)), patched(lora.for_training(model))]
+    return ["the same" if paths == before else f"{before} -> {paths}" for paths in after]
+
+
+def patched(model: Any) -> list[str]:
+    """The modules with a forward of their own."""
+    return [path for path, module in model.named_modules() if "forward" in vars(module)]
+
+
+def under_a_policy() -> dict[str, Any]:
+    """NF4 under MixedPrecisionPolicy(bfloat16): bytes as they were, adapters in bfloat16, and nearly the same loss."""
+    batch = batches_of(Case("", "", "", "", "even", 1, False))[0]
+    straight, model = adapted("nf4"), adapted("nf4")
+    expected = straight(**batch).loss.item()
+    shard(model, policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    loss = model(**batch).loss.item()
+    names = ("weight", "absmax", "nested_absmax", "nested_offset")
+    block, theirs = model.model.layers[1], straight.model.layers[1]
+    block.unshard()
+    base, other = block.mlp.down_proj.base_layer, theirs.mlp.down_proj.base_layer
+    same = all(torch.equal(getattr(base, name), getattr(other, name)) for name in names)
+    trained = block.mlp.down_proj.lora_A["default"].dtype
+    block.reshard()
+    return {"bytes": same, "trained": str(trained), "loss": loss / expected - 1}
+
+
 def work(rank: int, out: Path) -> None:
     """One process: every case, and what the first one finds compared with one process."""
     torch.set_num_threads(1)
@@ -148,8 +240,9 @@ def work(rank: int, out: Path) -> None:
             | {"norm": abs(found["norm"] - expected["norm"]) / expected["norm"], "size": expected["norm"]}
             | {"moved": distance(expected["parameters"], start)}
         )
+    verbs = verbs_of_sharded(world, out.parent)
     if rank == 0:
-        out.write_text(json.dumps(results))
+        out.write_text(json.dumps({"cases": results, "verbs": verbs}))
     dist.barrier()
     world.leave()
 
