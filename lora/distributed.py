@@ -32,7 +32,7 @@ def shard(model: nn.Module, mesh: Any = None, *, blocks: Sequence[nn.Module] | N
     this first, and make the optimizer from the sharded parameters.
 
     Args:
-        mesh: a DeviceMesh; all processes, unless given.
+        mesh: a DeviceMesh of all processes; with two dimensions, whole copies along the first. Unless given, one.
         blocks: what is gathered at a time; the model's decoder blocks, unless given.
         policy: a MixedPrecisionPolicy. Frozen 4-bit weights keep their bytes under any.
 

@@ -11,8 +11,9 @@
   checkpoint-N/       what `--resume` goes on from
   .lock               which process is writing here; gone when it has ended
 
-One process writes to an output directory at a time. Killed at any moment, it leaves what a resumed run goes on from:
-docs/training/crash_safety.md says what is guaranteed, against what, and how it was tested.
+Where a launcher has started several processes, each goes through all of this, and the first one writes and speaks
+(`lora.train.world`). One run writes to an output directory at a time. Killed at any moment, it leaves what a resumed
+run goes on from: docs/training/crash_safety.md says what is guaranteed, against what, and how it was tested.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def every_case() -> list[Case]:
 
 
 def model_of(case: Case) -> Any:
-    """A small Llama with adapters that do something."""
-    model = tiny_llama()
+    """A small Llama with adapters that do something; where labels are uneven, its head is its embedding."""
+    model = tiny_llama(tie_word_embeddings=case.labels == "uneven")
     if case.base == "nf4":
         lora.quantize(model, "nf4")
     lora.inject(model, lora.LoRAConfig(r=4, lora_alpha=8))
