@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lora.adapters import walk
 from lora.config import LoRAConfig
+from lora.distributed import whole_module
 from lora.errors import LoRAError, did_you_mean
 from lora.layers import AdapterLayer, base_of, is_conv1d
 from lora.nf4_format import NF4_CODES
@@ -286,7 +287,7 @@ def sampled(module: nn.Module, parameter: str | None = None) -> Tensor:
 
     Of an NF4 weight only these are decoded.
     """
-    base = base_of(module)
+    base: Any = whole_module(base_of(module))
     name = parameter or (module.parameter if isinstance(module, AdapterLayer) else "weight")
     shape = base.quantised.shape if isinstance(base, NF4Linear) else getattr(base, name).shape
     index = torch.linspace(0, math.prod(shape) - 1, SAMPLED_VALUES, dtype=torch.float64).long()

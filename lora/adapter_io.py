@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lora.adapter_check import (
     tensor_digest,
 )
 from lora.adapters import AdapterState, _require, checked_name, disable_adapters, refresh, state_of, withdraw
+from lora.distributed import refuse_sharded, whole, writes
 from lora.errors import LoRAError
 from lora.layers import AdapterLayer, LoRAEmbedding, LoRAParameter, adapter_layers, saved_modules
 from lora.peft_format import (
@@ -60,7 +61,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     The tensors keep their dtype. A merged or disabled adapter is saved as it is; so are trained biases and
     modules_to_save. Each file replaces its predecessor in one step, when both are on the disk: an interrupted save
-    leaves what was there.
+    leaves what was there. Of a sharded model (`lora.distributed.shard`) every process calls this, and the first writes.
 
     Args:
         directory: made if need be; an adapter not called "default" goes to a subdirectory of its name.
@@ -69,6 +70,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Raises: LoRAError, with nothing written, for an unknown adapter or a tensor that is not finite; and, with the
     previous files in place, where the disk is full or cannot be written.
     """
+    adapter = gather_adapter(model, adapter_name)
+    return write_adapter(adapter, directory) if writes(model) else folder_of(adapter_name, directory)
+
+
+class Gathered(NamedTuple):
+    """An adapter ready to be written: whole tensors on the CPU, the file's metadata, the config's text."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    config: str
+
+
+def gather_adapter(model: nn.Module, adapter_name: str = "default") -> Gathered:
+    """What `save_adapter` writes. Of a sharded model all processes ask for it, and all have it."""
     checked_name(adapter_name)
     model = _bare(model)
     state = state_of(model)
@@ -87,10 +103,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         "samples": _samples(model, adapter_name),
     }
     document = json.dumps(record)
-    folder = Path(directory).expanduser()
-    folder = folder if adapter_name == "default" else folder / adapter_name
-    _write(folder, tensors, {"format": "pt", RECORD: document, RECORD_DIGEST: digest_of(document.encode())}, text)
+    metadata = {"format": "pt", RECORD: document, RECORD_DIGEST: digest_of(document.encode())}
+    return Gathered(adapter_name, tensors, metadata, text)
+
+
+def write_adapter(adapter: Gathered, directory: str | os.PathLike[str]) -> Path:
+    """Writes what `gather_adapter` gave; the directory and errors are `save_adapter`'s."""
+    folder = folder_of(adapter.name, directory)
+    _write(folder, adapter.tensors, adapter.metadata, adapter.config)
     return folder
+
+
+def folder_of(adapter_name: str, directory: str | os.PathLike[str]) -> Path:
+    """Where an adapter is saved: subdirectories tell those apart that are not called "default"."""
+    folder = Path(directory).expanduser()
+    return folder if adapter_name == "default" else folder / adapter_name
 
 
 def load_adapter(
@@ -115,6 +142,7 @@ def load_adapter(
     """
     checked_name(adapter_name)
     bare = _bare(model)
+    refuse_sharded(bare, "load_adapter")
     injected = isinstance(getattr(bare, "lora_state", None), AdapterState)
     if injected and adapter_name in state_of(bare).configs:
         raise LoRAError(
@@ -161,21 +189,23 @@ def _tensors_of(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     layers = [(path, layer) for path, layer in adapter_layers(model) if name in layer.lora_A]
     files = wrapper_paths(model, [path for path, layer in layers if isinstance(layer, LoRAParameter)])
     for path, layer in layers:
-        params: dict[str, Tensor] = {role: value.detach() for role, value in layer.adapter_params(name).items()}
-        params["lora_A"], params["lora_B"] = layer.plain_pair(name)
+        params: dict[str, Tensor] = {role: whole(value.detach()) for role, value in layer.adapter_params(name).items()}
+        if name in layer.initial_A:
+            params["lora_A"], params["lora_B"] = layer.plain_pair(name, whole)
         for role, value in params.items():
             adapted.add(path)
             yield tensor_key(files.get(path, path), role, isinstance(layer, LoRAEmbedding)), packed(role, value)
     for path, module in saved_modules(model):
         if name in module.copies:
-            yield from ((f"{PREFIX}{path}.{key}", value) for key, value in module.copies[name].state_dict().items())
+            values = module.copies[name].state_dict()
+            yield from ((f"{PREFIX}{path}.{key}", whole(value)) for key, value in values.items())
     state, seen = state_of(model), set()
     for path, bias in state.biases.items() if state.biases_trained == name else ():
         if id(bias.parameter) not in seen:  # else shared by two paths
             seen.add(id(bias.parameter))
             module_path = path.removesuffix(".bias")
             value = bias.parameter if state.trained_biases_in_use else bias.resting
-            yield bias_key(module_path, module_path in adapted), value
+            yield bias_key(module_path, module_path in adapted), whole(value)
 
 
 def _samples(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -107,10 +107,19 @@ def _main(words: list[str]) -> int:
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
         if debug or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
+        if _another_says_it():
+            return 2
         advice = OUT_OF_MEMORY.get(_command_in(words), "out of memory.")
         print(f"lora: error: {advice if out_of_memory else _one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _another_says_it() -> bool:
+    """Of processes that a launcher has started alike, and that have not met yet, the first speaks for all."""
+    world = sys.modules.get("lora.train.world")
+    met = world is not None and world.World.joined
+    return os.environ.get("RANK", "0") != "0" and not met
 
 
 def _command_in(words: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -156,15 +156,18 @@ class AdapterLayer(nn.Module):
         magnitude = self.lora_magnitude.get(names[0])
         return Projection(*base[:2], torch.cat(lora_A, dim=-2), torch.cat(lora_B, dim=-1), 1.0, magnitude)
 
-    def plain_pair(self, name: str) -> tuple[Tensor, Tensor]:
+    def plain_pair(self, name: str, whole: Callable[[Tensor], Tensor] = lambda t: t) -> tuple[Tensor, Tensor]:
         """A and B of a plain adapter with the same update; PiSSA's and OLoRA's have twice the rank, [A; A0], [B, -B0].
 
         Detached, of the layer's own dtype: [r, in_features] and [out_features, r].
+
+        Args:
+            whole: what makes a whole tensor of a sharded one.
         """
-        lora_A, lora_B = self.lora_A[name].detach(), self.lora_B[name].detach()
+        lora_A, lora_B = whole(self.lora_A[name].detach()), whole(self.lora_B[name].detach())
         if name in self.initial_A:
-            lora_A = torch.cat([lora_A, self.initial_A[name].detach()])
-            lora_B = torch.cat([lora_B, -self.initial_B[name].detach()], dim=1)
+            lora_A = torch.cat([lora_A, whole(self.initial_A[name].detach())])
+            lora_B = torch.cat([lora_B, -whole(self.initial_B[name].detach())], dim=1)
         return lora_A, lora_B
 
     def _scaled_pairs(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:

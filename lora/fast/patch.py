@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora import dispatch
+from lora.distributed import class_of
 from lora.fast.checkpoint import attention_begins
 from lora.fast.operands import rows_of_one
 from lora.layers import AdapterLayer, LoRALinear, Update
@@ -95,8 +96,8 @@ def patch_model(model: nn.Module) -> Fusion:
     """Patches every module of a known kind; see the top of this file."""
     fusion = Fusion()
     for path, module in list(model.named_modules()):
-        kind = type(module).__name__
-        if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
+        kind = class_of(module).__name__
+        if not class_of(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
             continue
         if kind in ATTENTIONS:
             patch_attention(fusion, path, module)
@@ -109,10 +110,10 @@ def patch_model(model: nn.Module) -> Fusion:
             patch(fusion, module, with_signature_of(type(module).forward), {})
             fusion.notes[path] = "loss without logits, in training with labels"
     for path, module in list(model.named_modules()):  # now that their norms are patched
-        known = type(module).__module__.startswith("transformers.models.") and "forward" not in vars(module)
-        if known and type(module).__name__ in LAYERS:
+        known = class_of(module).__module__.startswith("transformers.models.") and "forward" not in vars(module)
+        if known and class_of(module).__name__ in LAYERS:
             patch_layer(fusion, path, module)
-        elif known and type(module).__name__ == "Olmo2DecoderLayer":
+        elif known and class_of(module).__name__ == "Olmo2DecoderLayer":
             fusion.notes[path] = "its own: the norms come before the sums, so there is nothing to fuse"
     return fusion
 
@@ -343,7 +344,7 @@ def hooked(module: nn.Module) -> bool:
 
 def patch_layer(fusion: Fusion, path: str, module: Any) -> None:
     """The sum after the attention, and the norm after that sum."""
-    layer = LAYERS[type(module).__name__]
+    layer = LAYERS[class_of(module).__name__]
     norm = getattr(module, layer.norm, None)
     code = inspect.unwrap(type(module).forward).__code__
     parts = ("input_layernorm", "self_attn", layer.after_attention, layer.norm, "mlp", layer.after_mlp)

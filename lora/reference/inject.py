@@ -31,6 +31,7 @@ from lora.adapters import (
     withdraw,
 )
 from lora.config import LoRAConfig, key_matches, layer_number, matches
+from lora.distributed import refuse_sharded
 from lora.errors import LoRAError, did_you_mean
 from lora.initialise import add_parameters
 from lora.layers import (
@@ -63,6 +64,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
             f"this {type(model).__name__} already carries adapters ({', '.join(state_of(model).configs)}): "
             "lora.add_adapter adds another, lora.eject takes them out."
         )
+    refuse_sharded(model, "inject")
     flags = {path: p.requires_grad for path, p in model.named_parameters(remove_duplicate=False)}
     model.lora_state = AdapterState(flags)  # type: ignore[assignment]
     try:
@@ -105,6 +107,7 @@ def add_adapter(model: nn.Module, config: LoRAConfig, adapter_name: str) -> nn.M
             f"config is a {type(config).__name__}, expected a LoRAConfig: LoRAConfig.from_dict takes a dict."
         )
     state = state_of(model)
+    refuse_sharded(model, "add_adapter")
     if checked_name(adapter_name) in state.configs:
         raise LoRAError(f"there is already an adapter {adapter_name!r}: choose another name, or delete it first.")
     targets, saved = match(model, config)

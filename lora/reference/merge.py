@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters import exchange_weights, restore_weights, state_of
+from lora.distributed import refuse_sharded
 from lora.errors import LoRAError
 from lora.layers import AdapterLayer, LoRAEmbedding, LoRAParameter, Merged, SavedModule, adapter_layers, is_conv1d
 from lora.nf4_layer import NF4Linear
@@ -59,6 +60,9 @@ def merge(model: nn.Module, safe: bool = True, requantize: bool = False) -> dict
     Returns: the relative Frobenius error of each merged weight against W + the update, by module path.
     Raises: LoRAError where something is merged already, nothing is active, NF4 is not allowed, or a weight overflows.
     """
+    refuse_sharded(
+        model, "merge", "save the adapter, and merge it into a model that is not: `lora merge --model … --adapter …`"
+    )
     layers = [(path, layer) for path, layer in adapter_layers(model) if layer.merged or layer.groups()]
     for path, layer in layers:
         if layer.merged:

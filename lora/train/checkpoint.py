@@ -31,7 +31,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora.adapter_io import save_adapter
+from lora import adapter_io
+from lora.adapter_io import Gathered, gather_adapter
+from lora.distributed import part_like, whole
 from lora.errors import LoRAError
 from lora.peft_format import DTYPES, write_tensors
 from lora.train import manifest
@@ -57,23 +59,50 @@ class Found(NamedTuple):
 # ---- writing ---------------------------------------------------------------------------------------------------
 
 
+class Snapshot(NamedTuple):
+    """What the processes of a run have of its state, put together."""
+
+    adapter: Gathered
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    tr_loss: float
+
+
+def snapshot(trainer: Any) -> Snapshot:
+    """The state of a run at a step. All processes ask for it at the same step, and all have it."""
+    losses = trainer.world.add(trainer._tr_loss.item())[0]
+    return Snapshot(
+        gather_adapter(trainer.model),
+        {name: whole(tensor.detach()).cpu() for name, tensor in trained_tensors(trainer.model).items()},
+        {name: whole(tensor).cpu() for name, tensor in optimizer_tensors(trainer).items()},
+        losses / trainer.world.size,
+    )
+
+
 def save(trainer: Any, output: Path) -> Path:
     """Writes `output`/checkpoint-N for the step N the trainer is at; all of it or nothing.
 
     Against kills and power loss: until it is whole and on the disk, what was there stays, an older checkpoint-N too.
+    Of several processes all call it, the first writes, and all go on when it has.
 
     Raises: LoRAError where it cannot be written, which checkpoint is still there, and what to do.
     """
+    taken = snapshot(trainer)
+    return trainer.world.first(lambda: write(taken, trainer, output))  # type: ignore[no-any-return]
+
+
+def write(taken: Snapshot, trainer: Any, output: Path) -> Path:
+    """See `save`."""
     target = output / f"checkpoint-{trainer.state.global_step}"
     try:
         with replaced_directory(target) as folder:
-            files = write_adapter(trainer, folder)
-            files[PARAMETERS] = write_parameters(trainer, folder)
-            files[OPTIMIZER] = write_optimizer(trainer, folder)
+            files = write_adapter(taken.adapter, folder)
+            files[PARAMETERS] = _write_tensors(folder / PARAMETERS, taken.parameters)
+            files[OPTIMIZER] = _write_tensors(folder / OPTIMIZER, taken.optimizer)
             files[RANDOM] = write_random(folder)
-            files[STATE] = write_state(trainer, folder)
+            files[STATE] = write_state(trainer, taken.tr_loss, folder)
             files[TRAINER_STATE] = write_trainer_state(trainer, folder)
-            content = manifest.manifest_of(trainer.run, trainer.state.global_step, trainer.args.world_size, files)
+            content = manifest.manifest_of(trainer.run, trainer.state.global_step, trainer.world.size, files)
             write_file(folder / manifest.MANIFEST, content)
     except OSError as error:
         with reporting(f"{target.name} cannot be written to {output}", _still_there(output)):
@@ -96,10 +125,10 @@ def rotate(output: Path, keep: int, saved: Path | None = None) -> None:
                 whole += 1
 
 
-def write_adapter(trainer: Any, folder: Path) -> dict[str, Written]:
+def write_adapter(adapter: Gathered, folder: Path) -> dict[str, Written]:
     """The adapter in PEFT's format."""
     try:
-        written = save_adapter(trainer.model, folder / ADAPTER)
+        written = adapter_io.write_adapter(adapter, folder / ADAPTER)
     except LoRAError as error:
         if isinstance(error.__context__, OSError):  # the adapter's own advice is for those who save only that
             raise error.__context__ from None
@@ -108,24 +137,14 @@ def write_adapter(trainer: Any, folder: Path) -> dict[str, Written]:
     return {str(file.relative_to(folder)): Written(file.stat().st_size, hash_of(file)) for file in files}
 
 
-def write_parameters(trainer: Any, folder: Path) -> Written:
-    """Every trained tensor."""
-    return _write_tensors(folder / PARAMETERS, trained_tensors(trainer.model))
-
-
-def write_optimizer(trainer: Any, folder: Path) -> Written:
-    """The optimizer's tensors."""
-    return _write_tensors(folder / OPTIMIZER, optimizer_tensors(trainer))
-
-
 def write_random(folder: Path) -> Written:
     """The states of torch's generators."""
     return _write_tensors(folder / RANDOM, random_tensors())
 
 
-def write_state(trainer: Any, folder: Path) -> Written:
+def write_state(trainer: Any, tr_loss: float, folder: Path) -> Written:
     """What is no tensor, and transformers does not keep."""
-    return write_file(folder / STATE, json.dumps(state_of_run(trainer), indent=1).encode())
+    return write_file(folder / STATE, json.dumps(state_of_run(trainer, tr_loss), indent=1).encode())
 
 
 def write_trainer_state(trainer: Any, folder: Path) -> Written:
@@ -164,14 +183,14 @@ def random_tensors() -> dict[str, Tensor]:
     return states
 
 
-def state_of_run(trainer: Any) -> dict[str, Any]:
+def state_of_run(trainer: Any, tr_loss: float) -> dict[str, Any]:
     """What is no tensor."""
     kind, keys, *rest = cast(tuple[Any, ...], numpy.random.get_state(legacy=True))
     return {
         "run": {name: value for name, value in trainer.run.items() if name not in manifest.RUN},
         "schedule": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if _is_plain(v)},
         "sums": {
-            "tr_loss": trainer._tr_loss.item(),
+            "tr_loss": tr_loss,
             "total_loss": trainer._total_loss_scalar,
             "last_logged": trainer._globalstep_last_logged,
             "tokens_read": trainer.tokens_read,
@@ -263,18 +282,19 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     check_tensors(model, path)
     saved = load_file(path / PARAMETERS)
     for name, parameter in trained_tensors(model).items():
-        parameter.copy_(saved[name])
+        parameter.copy_(part_like(saved[name], parameter))
 
 
 def load_optimizer(trainer: Any, path: Path) -> None:
     """Gives a fresh optimizer its moments, and a fresh schedule its step, from which the learning rates follow."""
     check_tensors(trainer.model, path)
     optimizer, schedule = trainer.optimizer, trainer.lr_scheduler
-    numbers = {name: number for name, number, _ in _optimised(trainer)}
+    numbers = {name: (number, parameter) for name, number, parameter in _optimised(trainer)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(path / OPTIMIZER).items():
         name, _, what = key.rpartition("|")
-        state.setdefault(numbers[name], {})[what] = value
+        number, parameter = numbers[name]
+        state.setdefault(number, {})[what] = part_like(value, parameter) if what in MOMENTS else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     schedule.load_state_dict({**schedule.state_dict(), **read_state(path)["schedule"]})
     schedule = getattr(schedule, "scheduler", schedule)  # inside what accelerate put around it

@@ -28,6 +28,7 @@ GROUPS = {
     "run": "where results go, and how often",
 }
 QUANTIZATIONS = ("none", "nf4")
+SHARDING = ("none", "full")
 DTYPES = ("auto", "float32", "bfloat16", "float64")  # float16 overflows without loss scaling
 SCHEDULERS = ("linear", "cosine", "constant")
 CHECKPOINTING = ("none", "recompute", "selective", "offload", "auto")
@@ -58,6 +59,13 @@ class TrainConfig:
     quantization: str = option("none", "model", "keep the frozen weights in 4 bits", choices=QUANTIZATIONS)
     dtype: str = option(
         "auto", "model", "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES
+    )
+    sharding: str = option(
+        "none",
+        "model",
+        "several processes: each holds the whole model, or full: its part of each tensor (FSDP2)",
+        choices=SHARDING,
+        fixed=False,
     )
     backend: str = option(
         "", "model", "which implementation runs; unset: LORA_BACKEND, else auto", choices=BACKENDS, fixed=False
@@ -104,7 +112,7 @@ class TrainConfig:
     epochs: float = option(1.0, "optimisation", "passes over the training data")
     max_steps: int | None = option(None, "optimisation", "optimizer steps, instead of --epochs")
     batch_size: int = option(8, "optimisation", "examples in one forward pass")
-    grad_accumulation: int = option(1, "optimisation", "forward passes in one optimizer step")
+    grad_accumulation: int = option(1, "optimisation", "forward passes of a process in one optimizer step")
     checkpointing: str = option(
         "none",
         "optimisation",
@@ -159,6 +167,11 @@ class TrainConfig:
             )
         if self.memory_budget is not None:
             bytes_of(self.memory_budget)
+            if self.sharding != "none":
+                raise LoRAError(
+                    f"memory_budget is {self.memory_budget!r} and sharding is {self.sharding!r}: a plan is measured on "
+                    "a whole model. Name a mode, --checkpointing recompute, say."
+                )
         self._check_allowed()
         if self.resume and self.overwrite:
             raise LoRAError(

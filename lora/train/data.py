@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from lora.errors import LoRAError, did_you_mean
 from lora.train.config import TrainConfig
 
+IGNORED = -100  # the label of a token that is not learnt
 FORMS = (("prompt", "completion"), ("messages",), ("text",))
 NEEDED = "'prompt' and 'completion', or 'messages', or 'text'"
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,6 +33,7 @@ SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")  # what datasets' save_t
 BUILDERS = {".parquet": "parquet", ".csv": "csv"}  # read by datasets
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+NOTHING = -1  # the index of an example that holds nothing to learn
 SAMPLE_WORDS = 16  # how much of a held-out text is given as the prompt of a sample
 
 Row = dict[str, Any]
@@ -317,6 +319,46 @@ class SeededOrder(Sampler[int]):
 
     def __len__(self) -> int:
         return self.count
+
+
+class RankBatches(Sampler[list[int]]):
+    """The batches of one process: of the epoch's M batches, in order, every `size`-th from `rank` on.
+
+    With N processes and A batches each for a step, a step goes through the batches that one process with N·A goes
+    through, and each batch is the same. Where M is no multiple of N, the last processes get a batch of `NOTHING`.
+    """
+
+    def __init__(self, examples: SeededOrder | Sequence[int], batch_size: int, rank: int = 0, size: int = 1) -> None:
+        self.examples, self.batch_size, self.rank, self.size = examples, batch_size, rank, size
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.examples, SeededOrder):
+            self.examples.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.examples)
+        for number in range(len(self)):
+            start = (number * self.size + self.rank) * self.batch_size
+            yield order[start : start + self.batch_size] or [NOTHING]
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // (self.batch_size * self.size))
+
+
+class WithNothing(Dataset[dict[str, Any]]):
+    """A data set, and under `NOTHING` an example of which no token is learnt, so that it changes no gradient."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index != NOTHING:
+            return self.rows[index]  # type: ignore[no-any-return]
+        row = dict(self.rows[0])
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 # ---- splitting and bringing into form --------------------------------------------------------------------------

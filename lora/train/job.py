@@ -11,15 +11,18 @@
   checkpoint-N/       what `--resume` goes on from
   .lock               which process is writing here; gone when it has ended
 
-One process writes to an output directory at a time. Killed at any moment, it leaves what a resumed run goes on from:
-docs/training/crash_safety.md says what is guaranteed, against what, and how it was tested.
+Where a launcher has started several processes, each goes through all of this, and the first one writes and speaks
+(`lora.train.world`). One run writes to an output directory at a time. Killed at any moment, it leaves what a resumed
+run goes on from: docs/training/crash_safety.md says what is guaranteed, against what, and how it was tested.
 """
 
 from __future__ import annotations
 
+import io
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
@@ -31,6 +34,7 @@ import torch
 from rich.console import Console
 
 from lora import dispatch, models
+from lora.adapter_io import gather_adapter
 from lora.adapters import disable_adapters, trainable_parameters
 from lora.errors import LoRAError
 from lora.planner import plan_checkpointing
@@ -38,8 +42,9 @@ from lora.train import checkpoint
 from lora.train.config import TrainConfig
 from lora.train.data import Data, Prompt, load_data, prompts_of
 from lora.train.durable import make_directory, recover, remove, replace_file, reporting
+from lora.train.lock import NAME as LOCK
 from lora.train.lock import OutputLock
-from lora.train.manifest import read_manifest
+from lora.train.manifest import processes_of, read_manifest
 from lora.train.quiet import quiet
 from lora.train.results import (
     ADAPTER,
@@ -56,6 +61,7 @@ from lora.train.results import (
 )
 from lora.train.sampling import answer
 from lora.train.stopping import InterruptedRunError, Stopping, TerminatedRunError
+from lora.train.world import World
 
 COMPLETE = "The checkpoints are whole: --resume completes the run from the newest."
 RUN, TENSORBOARD = "run.yaml", "tensorboard"
@@ -79,8 +85,11 @@ def run(
         if find_spec(package) is None:
             raise LoRAError(f"training needs the package {package}. Run: pip install 'lora-twin[train]'")
     backend = dispatch.use_backend(config.backend) if config.backend else nullcontext()
-    job = Job(config, console or Console())
-    with quiet(data=True), backend, job.stopping.listening():
+    world = World.join()
+    job = Job(config, console or Console(), world)
+    with quiet(data=True), backend, world.one_voice(), job.stopping.listening():
+        if not world.main:
+            warnings.simplefilter("ignore")  # the first process says it; a batch of nothing is none of the user's
         try:
             job.prepare()
             job.measure_before()
@@ -90,14 +99,16 @@ def run(
                 on_finished(job.model, job.tokenizer)
         finally:
             job.lock.release()
+        world.leave()
         return result
 
 
 class Job:
     """The stages of a run, in order, and what they hand on."""
 
-    def __init__(self, config: TrainConfig, console: Console) -> None:
-        self.config, self.console, self.output = config, console, Path(config.output)
+    def __init__(self, config: TrainConfig, console: Console, world: World | None = None) -> None:
+        self.config, self.world, self.output = config, world or World(), Path(config.output)
+        self.console = console if self.world.main else Console(file=io.StringIO())
         self.lock, self.stopping = OutputLock(self.output), Stopping()
         self.stopping.advice = "before the first step: nothing new is saved, and the same command starts again"
         self.seconds = 0.0
@@ -115,22 +126,61 @@ class Job:
     def prepare(self) -> None:
         """Everything that can be refused, cheapest first: the directory, the data, the model, the adapter."""
         config = self.config
-        self.resumed = self.look_into_output()
-        self.data = load_data(config)
-        with self.working("loading the model"):
-            self.model, self.tokenizer = load_model(config)
-        self.chat = config.chat_template and bool(self.tokenizer.chat_template)
-        check_chat(self.data, self.chat)
-        torch.manual_seed(config.seed)
-        dispatch.inject(self.model, config.lora_config())
-        dispatch.for_training(self.model, "none" if config.memory_budget else config.checkpointing)
-        self.claim_output()
+        self.resumed = self.world.first(self.look_into_output)
+        with self.world.together():
+            self.share_batch()
+            self.data = load_data(config)
+            with self.working("loading the model"):
+                self.model, self.tokenizer = load_model(config)
+            self.chat = config.chat_template and bool(self.tokenizer.chat_template)
+            check_chat(self.data, self.chat)
+            torch.manual_seed(config.seed)
+            dispatch.inject(self.model, config.lora_config())
+            dispatch.for_training(self.model, "none" if config.memory_budget else config.checkpointing)
+        self.world.first(self.claim_output)
+        with self.world.together():
+            self.see_output()
         self.build_trainer()
-        self.plan()
-        clear_output(config)  # from here on an earlier run may be replaced: nothing above has refused
-        if config.tensorboard and find_spec("tensorboard") is not None:
+        with self.world.together():
+            self.plan()
+        self.trainer.share_out()
+        self.world.first(lambda: clear_output(config))  # an earlier run may be replaced: nothing above has refused
+        if config.tensorboard and self.world.main and find_spec("tensorboard") is not None:
             self.trainer.add_callback(tensorboard(self.output / TENSORBOARD))
         self.describe()
+
+    def share_batch(self) -> None:
+        """How many batches of a step each process has: a resumed run's steps stay as large as they were.
+
+        `grad_accumulation` is meant for as many processes as the run was begun with; another number shares out the
+        same batches.
+        """
+        size, named = self.world.size, self.config.grad_accumulation
+        self.settings, self.processes, self.accumulation = self.config.fixed(), size, named
+        if self.resumed is None:
+            return
+        found = read_manifest(self.resumed)
+        then, processes = found["settings"]["grad_accumulation"], processes_of(found)
+        if named not in (then, then * processes / size) or found["settings"]["batch_size"] != self.config.batch_size:
+            return  # another batch: refused, or allowed, with the other settings
+        if then * processes % size:
+            raise LoRAError(
+                f"{self.resumed} is of a run whose steps are {then * processes} batches of {self.config.batch_size}, "
+                f"which {size} processes cannot share alike: resume with a number of processes that divides "
+                f"{then * processes}, or start anew with another --output."
+            )
+        self.accumulation, self.processes = then * processes // size, processes
+        self.settings["grad_accumulation"] = then
+        if self.accumulation != named:
+            self.say("resume", f"{then * processes} batches a step, as before: {self.accumulation} on each process")
+
+    def see_output(self) -> None:
+        """Every process reads checkpoints, so each must see the directory that the first one writes to."""
+        if not (self.output / LOCK).exists():
+            raise LoRAError(
+                f"output: process {self.world.rank} does not see what process 0 writes to {self.output}: name a "
+                "directory on a file system that all machines share."
+            )
 
     def look_into_output(self) -> Path | None:
         """Takes the lock of an output directory that is there, tidies up after a dead run, finds what to go on from."""
@@ -168,16 +218,21 @@ class Job:
         from lora.train.trainer import AdapterTrainer
 
         config = self.config
-        self.control = Control(self.begin)
-        self.metrics, self.display = Metrics(self.output / METRICS), ProgressDisplay(self.console)
+        self.control = Control(self.begin, self.world)
+        self.metrics, self.display = Metrics(self.output / METRICS, self.world), ProgressDisplay(self.console)
         callbacks = [self.control, self.metrics, self.display]
-        record: dict[str, Any] = {"settings": config.fixed(), "base": checkpoint.base_fingerprint(self.model)}
-        self.trainer = AdapterTrainer(self.model, self.tokenizer, config, self.data, record, callbacks)
+        base = checkpoint.base_fingerprint(self.model)
+        record: dict[str, Any] = {"settings": self.settings, "processes": self.processes, "base": base}
+        config = config.replace(grad_accumulation=self.accumulation)
+        self.trainer = AdapterTrainer(self.model, self.tokenizer, config, self.data, record, callbacks, self.world)
         self.metrics.trainer = self.display.trainer = self.trainer
         self.trainer.before_saving = self.metrics.flush
         record |= self.trainer.fingerprints() | {"changes": []}
-        if self.resumed is not None:
-            self.take_up(self.resumed, record)
+        self.world.check_alike(base, "base model")
+        self.world.check_alike(self.trainer.fingerprints(), "training or held-out data")
+        with self.world.together():
+            if self.resumed is not None:
+                self.take_up(self.resumed, record)
 
     def take_up(self, path: Path, record: dict[str, Any]) -> None:
         """Checks everything about a checkpoint before anything of it is used; carries over what was measured."""
@@ -222,9 +277,15 @@ class Job:
                 self.say("", f"{part.dropped:,} {what} examples have nothing to learn within them and were dropped")
         for note in self.data.notes:
             self.say("", note)
+        if self.world.size > 1:
+            each = self.accumulation * config.batch_size
+            how = "a part of each tensor" if config.sharding == "full" else "the whole model"
+            steps = f"{self.world.size} × {each} = {self.world.size * each} examples a step"
+            self.say("processes", f"{self.world.size}, each with {how}; {steps}")
+        elif config.sharding != "none":
+            self.say("sharding", "one process: there is nobody to share the model with")
         again = config.replace(resume=False, overwrite=False, allow_changed=())
-        with reporting(f"{self.output / RUN} cannot be written"):
-            replace_file(self.output / RUN, as_yaml(again).encode())
+        self.world.first(lambda: write_run(again))
 
     def measure_before(self) -> None:
         """Held-out loss and answers of the model without its adapter."""
@@ -272,15 +333,14 @@ class Job:
             self.seconds = time.monotonic() - started
         self.stopping.advice = "while the results were being written: --resume completes them from the last checkpoint"
         state = self.trainer.state
-        if self.stopping.terminated or (self.control.interrupted and state.global_step < state.max_steps):
+        terminated, interrupted = self.world.any(self.stopping.terminated, self.control.interrupted)
+        if terminated or (interrupted and state.global_step < state.max_steps):
             path = self.output / f"checkpoint-{state.global_step}"
-            if not path.exists():  # the signal came after the last step's end
-                self.metrics.flush()
+            if not self.world.first(path.exists):  # the signal came after the last step's end
+                self.world.first(self.metrics.flush)
                 checkpoint.save(self.trainer, self.output)
             kind, word = (
-                (TerminatedRunError, "terminated (SIGTERM)")
-                if self.stopping.terminated
-                else (InterruptedRunError, "interrupted")
+                (TerminatedRunError, "terminated (SIGTERM)") if terminated else (InterruptedRunError, "interrupted")
             )
             raise kind(
                 f"{word} after step {state.global_step} of {state.max_steps}; {path} is saved: --resume goes on from "
@@ -292,8 +352,10 @@ class Job:
     def finish(self) -> TrainResult:
         """Measures again and writes the results."""
         before, prompts = self.trainer.run["before"], self.prompts()
-        with reporting(f"the adapter cannot be written to {self.output}", COMPLETE):
-            write_adapter(self.model, self.output)
+        adapter = gather_adapter(self.model)
+        with self.world.together(), reporting(f"the adapter cannot be written to {self.output}", COMPLETE):
+            if self.world.main:
+                write_adapter(adapter, self.output)
         with self.working("measuring the trained model"):
             loss_after = self.held_out_after()
             dispatch.for_inference(self.model)
@@ -303,11 +365,12 @@ class Job:
             for prompt, *pair in zip(prompts, before["answers"], answers, strict=True)
         )
         result = self.result(samples, loss_after)
-        with reporting(f"the results cannot be written to {self.output}", COMPLETE):
-            self.metrics.flush()
-            write_samples(samples, self.output)
-            write_plot(self.metrics.records, title(self.config, before["loss"], loss_after), self.output)
-            write_result(result, self.output)
+        with self.world.together(), reporting(f"the results cannot be written to {self.output}", COMPLETE):
+            if self.world.main:
+                self.metrics.flush()
+                write_samples(samples, self.output)
+                write_plot(self.metrics.records, title(self.config, before["loss"], loss_after), self.output)
+                write_result(result, self.output)
         if loss_after is not None:
             self.say("after", f"held-out loss {loss_after:.4f} (before: {before['loss']:.4f})")
         self.say("saved", f"{result.adapter} ({', '.join(name for name in (METRICS, PLOT, *SAMPLES))} beside it)")
@@ -349,6 +412,13 @@ class Job:
         )
 
 
+def write_run(config: TrainConfig) -> None:
+    """run.yaml: the config as a file that does the run again."""
+    path = Path(config.output) / RUN
+    with reporting(f"{path} cannot be written"):
+        replace_file(path, as_yaml(config).encode())
+
+
 def earlier_run(output: Path) -> list[Path]:
     """What an earlier run has left in the output directory."""
     return [path for path in (output / name for name in WRITTEN) if path.exists()] + checkpoint.checkpoints(output)
@@ -386,7 +456,7 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
     cuda = torch.cuda.is_available()
     names = {"auto": torch.bfloat16 if cuda else torch.float32, **models.DTYPES}
     quantization = None if config.quantization == "none" else config.quantization
-    device = "cuda:0" if cuda else None
+    device = f"cuda:{torch.cuda.current_device()}" if cuda else None
     model, tokenizer = models.load(config.model, quantization=quantization, dtype=names[config.dtype], device=device)
     if tokenizer.eos_token is None:
         raise LoRAError(f"{config.model}: its tokenizer has no end-of-text token, so no answer could ever end.")

@@ -20,8 +20,8 @@ from lora import dispatch
 from lora.layers import AdapterLayer, SavedModule
 from lora.nf4_layer import NF4Linear
 from lora.projection import Dropout, Projection
+from lora.train.data import IGNORED
 
-IGNORED = -100
 LOGITS_AT_ONCE = 1 << 26  # 256 MB in float32: more are computed in pieces, and again in the backward
 PROBE_TOKENS = 8
 AGREEMENT = 1e-3  # relative; a head with another scale or soft cap is off by far more
@@ -46,9 +46,14 @@ class NextTokenLoss:
 
     def __init__(self, model: Any, fused: bool | None = None) -> None:
         self.model = model
+        self.through: Callable[[dict[str, Tensor], float], Tensor] = self.of_batch  # a sharded model has one of its own
         self.fused = self._agrees() if fused is None else fused  # given where there are no numbers to try it out with
 
     def __call__(self, inputs: dict[str, Tensor], num_items: float) -> Tensor:
+        """As `of_batch`, also where the model is sharded."""
+        return self.through(inputs, num_items)
+
+    def of_batch(self, inputs: dict[str, Tensor], num_items: float) -> Tensor:
         """The summed loss of the batch divided by `num_items`; 0 with zero gradients where no label counts.
 
         Args:

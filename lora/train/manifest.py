@@ -1,6 +1,7 @@
 """manifest.json: what a checkpoint says of itself. Its files, by size and SHA-256, and the run it belongs to.
 
-    {"format": 2, "step": 20, "world_size": 1,
+    {"format": 2, "step": 20, "world_size": 2,                              how many processes wrote it
+     "processes": 4,                                                         for how many grad_accumulation is meant
      "settings": {...}, "base": "...", "data": "...", "held_out": "...",     the run: TrainConfig.fixed(), fingerprints
      "files": {"state.json": {"size": 812, "sha256": "..."}, ...},
      "sha256": "..."}                                                        of all the above
@@ -23,7 +24,7 @@ from lora.train.durable import Written, hash_of
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-RUN = ("settings", "base", "data", "held_out")
+RUN = ("settings", "processes", "base", "data", "held_out")
 CONTENTS = {  # what a fingerprint is of, and the setting whose name allows it to differ
     "base": ("model", "the base model's weights: others than then"),
     "data": ("data", "the training data: other examples, or another tokenizer, than then"),
@@ -113,7 +114,16 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, 
         for name in {**settings, **before}
         if before.get(name) != settings.get(name)
     ]
+    processes = (processes_of(then), now["processes"])
+    if processes[0] != processes[1]:
+        products = (f"{s.get('grad_accumulation')} × {n}" for s, n in zip((before, settings), processes, strict=True))
+        found.append(("grad_accumulation", "grad_accumulation × processes: {} then, {} now".format(*products)))
     return found + [(name, text) for key, (name, text) in CONTENTS.items() if then.get(key) != now.get(key)]
+
+
+def processes_of(found: Mapping[str, Any]) -> int:
+    """For how many processes a checkpoint's grad_accumulation is meant."""
+    return int(found.get("processes") or found["world_size"])
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from lora.errors import LoRAError
 from lora.train.durable import flush_file, replace_file, reporting
+from lora.train.world import World
 
 PLAIN_LINES = 20  # lines in a whole run, where there is no terminal
 GO_ON = "The checkpoints are whole: --resume goes on from the newest."
@@ -95,23 +96,30 @@ class ProgressDisplay(TrainerCallback):
 
 
 class Metrics(TrainerCallback):
-    """metrics.jsonl: a line for each logged step, with what was measured and when."""
+    """metrics.jsonl: a line for each logged step, with what was measured and when; one process writes it for all."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.started = path, time.monotonic()
+    def __init__(self, path: Path, world: World | None = None) -> None:
+        self.path, self.world, self.started = path, world or World(), time.monotonic()
         self.trainer: Any = None
         self.records: list[dict[str, Any]] = []
 
     def start(self, step: int) -> None:
         """Keeps the lines of an earlier run up to `step`; what came after is done again."""
-        self.records = [record for record in read_metrics(self.path) if record["step"] <= step] if step else []
+        self.records = self.world.first(lambda: self.kept(step))
+
+    def kept(self, step: int) -> list[dict[str, Any]]:
+        """The records up to `step`, alone in the file from now on."""
+        records = [record for record in read_metrics(self.path) if record["step"] <= step] if step else []
         with reporting(f"{self.path} cannot be written"):
-            replace_file(self.path, _lines(self.records))  # a kill here must not cost what it keeps
+            replace_file(self.path, _lines(records))  # a kill here must not cost what it keeps
+        return records
 
     def add(self, step: int, **values: float) -> None:
         seconds = round(time.monotonic() - self.started, 3)
         record = {"step": step, **values, "tokens": self.trainer.tokens_read, "seconds": seconds}
         self.records.append(record)
+        if not self.world.main:
+            return
         with reporting(f"{self.path} cannot be written", GO_ON), open(self.path, "ab") as file:
             file.write(_lines([record]))  # a line that is cut off is left out when it is read
 
@@ -146,10 +154,13 @@ class NothingLeftError(Exception):
 
 
 class Control(TrainerCallback):
-    """Starts the run where it is to start, and ends it when the user interrupts it or the loss is no number."""
+    """Starts the run where it is to start, and ends it when the user interrupts it or the loss is no number.
 
-    def __init__(self, on_begin: Callable[[Any], None]) -> None:
-        self.on_begin, self.interrupted = on_begin, False
+    Processes agree after each step whether any of them is to stop, so that all end after the same one.
+    """
+
+    def __init__(self, on_begin: Callable[[Any], None], world: World | None = None) -> None:
+        self.on_begin, self.world, self.interrupted = on_begin, world or World(), False
 
     def interrupt(self) -> None:
         self.interrupted = True
@@ -171,6 +182,7 @@ class Control(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        (self.interrupted,) = self.world.any(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
         return control

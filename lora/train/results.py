@@ -14,7 +14,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from lora.adapter_io import save_adapter
+from lora import adapter_io
+from lora.adapter_io import Gathered
 from lora.train.durable import replace_file, replaced_directory
 
 ADAPTER, METRICS, PLOT, RESULT = "adapter", "metrics.jsonl", "loss.png", "result.json"
@@ -60,10 +61,10 @@ class TrainResult:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def write_adapter(model: Any, output: Path) -> None:
+def write_adapter(adapter: Gathered, output: Path) -> None:
     """The trained adapter, in PEFT's format: both files of it or none."""
     with replaced_directory(output / ADAPTER) as folder:
-        save_adapter(model, folder)
+        adapter_io.write_adapter(adapter, folder)
 
 
 def write_samples(samples: Sequence[Sample], output: Path) -> None:

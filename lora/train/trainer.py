@@ -1,8 +1,9 @@
 """TRL's SFTTrainer, told what an injected model is.
 
-TRL tokenises, masks, packs, batches, schedules and steps. Here it learns four things: checkpoints hold the adapter and
+TRL tokenises, masks, packs, collates, schedules and steps. Here it learns five things: checkpoints hold the adapter and
 not the model (`lora.train.checkpoint`); the loss goes through `lora.ops` (`lora.train.loss`); the held-out loss is a
-mean over tokens, where transformers would average the means of batches; examples that are cut are counted.
+mean over tokens, where transformers would average the means of batches; examples that are cut are counted; which
+process has which batch, and which dropout masks it gets, follow from the seed and the batch's number alone.
 
 This module imports trl: import it where it is needed, not at the top of another module.
 """
@@ -10,23 +11,27 @@ This module imports trl: import it where it is needed, not at the top of another
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lora.adapter_io import save_adapter
 from lora.errors import LoRAError
+from lora.reference.dropout import key_of
 from lora.train import checkpoint
 from lora.train.config import TrainConfig
-from lora.train.data import Data, SeededOrder, to_columns
-from lora.train.loss import IGNORED, NextTokenLoss
+from lora.train.data import IGNORED, Data, RankBatches, SeededOrder, WithNothing, to_columns
+from lora.train.loss import NextTokenLoss
+from lora.train.parallel import replicated, sharded
+from lora.train.world import World
 
 datasets: Any = import_module("datasets")  # Any: these packages are annotated in parts only
 transformers: Any = import_module("transformers")
@@ -55,9 +60,18 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = True  # by num_items: the tokens of the whole accumulated batch
 
     def __init__(
-        self, model: Any, tokenizer: Any, config: TrainConfig, data: Data, run: dict[str, Any], callbacks: list[Any]
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: TrainConfig,
+        data: Data,
+        run: dict[str, Any],
+        callbacks: list[Any],
+        world: World | None = None,
     ) -> None:
-        self.config, self.run = config, run
+        self.config, self.run, self.world = config, run, world or World()
+        self.step_module: Any = None  # the model with its loss, as several processes run it
+        self.micro_batch = 0  # in the step: how many this process has done
         self.documents = data.documents
         self.prepared: dict[str, Prepared] = {}
         self.tokens_read = self.tokens_learnt = 0
@@ -80,10 +94,22 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
             del model.forward
         else:
             model.forward = patched
-        if self.args.world_size > 1:
-            raise LoRAError("training on several processes is not built yet: start a single one.")
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # count the labels of accumulated batches
+        if self.args.world_size != self.world.size:
+            raise LoRAError(
+                f"accelerate sees {self.args.world_size} processes, expected {self.world.size}, as WORLD_SIZE says: "
+                "start them with torchrun, or accelerate launch."
+            )
         self.next_token_loss = NextTokenLoss(model)
+
+    def share_out(self) -> None:
+        """Makes the model ready for several processes: sharded over them, or the same on each."""
+        if self.world.size > 1:
+            build = sharded if self.config.sharding == "full" else replicated
+            self.step_module = build(self.next_token_loss)
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """What transformers trains: our own step, in place of what accelerate would put around the model."""
+        return self.step_module if training and self.step_module is not None else model
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
@@ -113,10 +139,32 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
         """Hashes of the token numbers and labels that training and evaluation see, for `lora.train.manifest`."""
         return {"data": fingerprint(self.train_dataset), "held_out": fingerprint(self.eval_dataset)}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SeededOrder:
-        """Our own order, which depends on nothing but the seed and the epoch."""
-        self.order = SeededOrder(self.train_dataset if train_dataset is None else train_dataset, self.config.seed)
-        return self.order
+    def get_train_dataloader(self) -> Loader:
+        """This process's batches of the epoch, in an order that depends on nothing but the seed and the epoch."""
+        self.order = SeededOrder(self.train_dataset, self.config.seed)
+        return self.loader(self.train_dataset, self.order)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
+        """This process's batches of the held-out data."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.loader(dataset, range(len(dataset)))
+
+    def loader(self, dataset: Any, order: SeededOrder | range) -> Loader:
+        """The batches that this process has of a data set."""
+        batches = RankBatches(order, self.args.per_device_train_batch_size, self.world.rank, self.world.size)
+        rows = WithNothing(self._remove_unused_columns(dataset))
+        pin = self.args.dataloader_pin_memory
+        return Loader(rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
+        """The batches of this process's part of a step, and how many labels count in the whole step."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        read = sum(tokens_in(batch) for batch in batches)
+        read, learnt = map(int, self.world.add(read, sum(labels_in(batch) for batch in batches)))
+        self.tokens_read += read
+        self.tokens_learnt += learnt
+        self.micro_batch = 0
+        return batches, learnt
 
     def largest_batch(self) -> dict[str, Tensor]:
         """The longest training examples in one batch, every token of them learnt: no other batch takes more memory."""
@@ -127,20 +175,27 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     # ---- loss
 
+    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """A batch forward and backward, with dropout masks that belong to the batch, whichever process has it."""
+        whole = self.args.gradient_accumulation_steps * self.world.size  # batches in a step
+        number = self.state.global_step * whole + self.micro_batch * self.world.size + self.world.rank
+        torch.manual_seed(key_of(self.config.seed, number))
+        self.micro_batch += 1
+        return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The summed loss of a batch over the number of labels in the whole accumulated batch."""
-        counted = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        mask = inputs.get("attention_mask")
-        self.tokens_read += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        self.tokens_learnt += counted
-        return self.next_token_loss(inputs, counted if num_items_in_batch is None else num_items_in_batch)
+        """The summed loss of a batch over the number of labels in the whole accumulated batch, of all processes."""
+        num_items = labels_in(inputs) if num_items_in_batch is None else num_items_in_batch
+        if self.step_module is not None:
+            return cast(Tensor, self.step_module(inputs, num_items))
+        return self.next_token_loss(inputs, num_items)
 
     @torch.no_grad()
     def held_out_loss(self, dataloader: Iterable[Any] | None = None) -> HeldOut:
         """The mean loss over all held-out tokens; leaves the training mode and the random generators as they were."""
-        total, tokens, training = 0.0, 0, self.model.training
+        total, tokens, training = 0.0, 0.0, self.model.training
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             self.model.eval()
@@ -148,10 +203,11 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
                 for batch in self.get_eval_dataloader() if dataloader is None else dataloader:
                     inputs = self._prepare_inputs(batch)
                     total += self.next_token_loss(inputs, 1).item()
-                    tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+                    tokens += labels_in(inputs)
             finally:
                 self.model.train(training)
-        return HeldOut(total / max(tokens, 1), tokens)
+        total, tokens = self.world.add(total, tokens)
+        return HeldOut(total / max(tokens, 1), int(tokens))
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **options: Any
@@ -164,9 +220,10 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
     # ---- checkpoints: lora.train.checkpoint instead of pickles of the whole model
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.before_saving()
-        saved = checkpoint.save(self, Path(self.args.output_dir))
-        checkpoint.rotate(Path(self.args.output_dir), self.config.keep_checkpoints, saved)
+        output = Path(self.args.output_dir)
+        self.world.first(self.before_saving)
+        saved = checkpoint.save(self, output)
+        self.world.first(lambda: checkpoint.rotate(output, self.config.keep_checkpoints, saved))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_parameters(self.model, Path(resume_from_checkpoint))
@@ -182,6 +239,26 @@ class AdapterTrainer(trl.SFTTrainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter, in PEFT's format."""
         save_adapter(self.model, output_dir or self.args.output_dir)
+
+
+class Loader(torch.utils.data.DataLoader[Any]):
+    """A loader that tells its batches which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        cast(RankBatches, self.batch_sampler).set_epoch(epoch)
+
+
+def labels_in(batch: dict[str, Tensor]) -> int:
+    """The tokens of a batch that are learnt: token t predicts token t + 1."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def tokens_in(batch: dict[str, Tensor]) -> int:
+    """The tokens of a batch that are read, padding not, nor what only keeps a process company."""
+    if not labels_in(batch):
+        return 0
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def arguments(config: TrainConfig) -> Any:
@@ -202,6 +279,7 @@ def arguments(config: TrainConfig) -> Any:
         max_steps=config.max_steps or -1,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=False,  # the weights have the dtype they are to be used in: no autocast
+        use_cpu=not cuda,  # accelerate counts processes without GPUs only if it is told so
         gradient_checkpointing=False,  # lora.for_training has set it up
         max_length=config.max_length,
         packing=config.packing,

@@ -19,6 +19,7 @@ from unittest import mock
 from faults.disk import State, Trace, contents, recording, states
 from faults.tiny_run import tiny_result, tiny_trainer, train_step
 
+from lora.adapter_io import gather_adapter
 from lora.train import checkpoint, results
 from lora.train.durable import recover, remove
 from lora.train.job import is_ours
@@ -174,7 +175,7 @@ def finishing(output: Path, again: bool) -> list[Action]:
         result = tiny_result(output, note)
         records = [{"step": 1, "loss": 2.0 - seed}]
         return [
-            lambda: results.write_adapter(model, output),
+            lambda: results.write_adapter(gather_adapter(model), output),
             lambda: results.write_samples(result.samples, output),
             lambda: results.write_plot(records, note, output),
             lambda: results.write_result(result, output),

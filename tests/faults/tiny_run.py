@@ -14,8 +14,9 @@ from torch import nn
 
 import lora
 from lora.train.results import Sample, TrainResult
+from lora.train.world import World
 
-RUN: dict[str, Any] = {"settings": {"lr": 0.1, "seed": 0}, "base": "b", "data": "d", "held_out": None}
+RUN: dict[str, Any] = {"settings": {"lr": 0.1, "seed": 0}, "processes": 1, "base": "b", "data": "d", "held_out": None}
 
 
 @dataclass
@@ -52,7 +53,7 @@ def tiny_trainer(seed: int = 0) -> Any:
         optimizer=optimizer,
         lr_scheduler=schedule,
         state=State(),
-        args=SimpleNamespace(world_size=1),
+        world=World(),
         run={**RUN, "before": {"loss": 2.0, "tokens": 3}, "changes": []},
         tokens_read=0,
         tokens_learnt=0,
