@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora.adapters import state_of
+from lora.adapters import state_of, walk
 from lora.errors import LoRAError
+from lora.layers import base_of
 
 
 def shard(model: nn.Module, mesh: Any = None, *, blocks: Sequence[nn.Module] | None = None, policy: Any = None) -> Any:
@@ -143,7 +144,13 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 def refuse_sharded(model: nn.Module, verb: str, instead: str = "do that before sharding it") -> None:
     """Raises LoRAError where a model is sharded and `verb` needs it whole."""
-    name = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    sharded = (  # the base model's tensors tell, however many adapters there are
+        f"{path}.{key}".strip(".")
+        for path, module in walk(model)
+        for key, parameter in base_of(module)._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    )
+    name = next(sharded, None)
     if name is not None:
         raise LoRAError(
             f"{verb}: this {class_of(model).__name__} is sharded over processes ({name} is a DTensor), expected whole "
