@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import lora
-from benchmarks.card.peers import peer
+from benchmarks.card.peers import peer, rms_norm_formula
 from benchmarks.card.timing import Variant
 from benchmarks.cpu import floors, models
 from benchmarks.cpu.session import Results, Session, Trial, run_trial, verdict
@@ -109,11 +111,23 @@ def frozen_step(model: Any, ids: Tensor, labels: Tensor) -> Variant:
 
 def outputs(model: Any, factors: Callable[[Any], dict[str, Tensor]], ids: Tensor, labels: Tensor) -> Results:
     """The loss, and the gradient of each A and B by its path."""
-    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    if next(model.parameters()).dtype == torch.float64:  # transformers' loss would round the logits to float32
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    else:
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
     loss.backward()
     found = {name: factor.grad for name, factor in factors(model).items() if factor.grad is not None}
     model.zero_grad(set_to_none=True)
     return {"loss": loss.detach(), **found}
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64, its norms too, which transformers would compute in float32."""
+    for module in model.double().modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = partial(rms_norm_formula, weight=module.weight, eps=module.variance_epsilon)
+    return model
 
 
 def peft_gate(mine: Any, other: Any, ids: Tensor, labels: Tensor) -> Callable[[], str]:
@@ -122,7 +136,7 @@ def peft_gate(mine: Any, other: Any, ids: Tensor, labels: Tensor) -> Callable[[]
     def gate() -> str:
         found = outputs(mine, models.ours_factors, ids, labels)
         theirs = outputs(other, models.peft_factors, ids, labels)
-        truth = outputs(copy.deepcopy(other).double(), models.peft_factors, ids, labels)
+        truth = outputs(in_float64(copy.deepcopy(other)), models.peft_factors, ids, labels)
         return verdict(found, theirs, truth, "PEFT")
 
     return gate
@@ -140,7 +154,7 @@ def dropout_gate(session: Session, mine: Any, p: float, ids: Tensor, labels: Ten
         with lora.use_backend("reference"):
             model = models.ours(models.base(session.dry), p)
             theirs = seeded(model)
-            truth = seeded(model.double())
+            truth = seeded(in_float64(model))
         return verdict(found, theirs, truth, "the reference")
 
     return gate
