@@ -19,6 +19,7 @@ import lora
 from benchmarks.card.timing import Variant
 from benchmarks.cpu import models
 from benchmarks.cpu.session import Results, Session, Trial, run_trial, verdict
+from benchmarks.cpu.step import in_float64
 from lora.layers import adapter_layers
 
 ROWS, PROMPT, NEW = 8, 64, 32
@@ -40,7 +41,7 @@ def merged_trial(dry: bool, prompt: int, new: int) -> Trial:
     other = models.theirs(models.base(dry)).eval()
 
     def gate() -> str:
-        wide = copy.deepcopy(other).double()
+        wide = in_float64(copy.deepcopy(other))
         found, truth = logits(mine, ids), logits(wide, ids)
         return verdict(found, logits(other.merge_and_unload(), ids), truth, "PEFT merged")
 
@@ -55,7 +56,7 @@ def mixed_trial(dry: bool, rows: int, prompt: int, new: int) -> Trial:
     mine = models.adapted(models.base(dry), [f"a{row}" for row in range(rows)]).eval()
 
     def gate() -> str:
-        wide = copy.deepcopy(mine).double()
+        wide = in_float64(copy.deepcopy(mine))
         alone = [each_alone(model, ids) for model in (mine, wide)]
         serve_mixed(mine, rows)
         return verdict(logits(mine, ids), alone[0], alone[1], "alone")
