@@ -95,6 +95,11 @@ def resting_bytes(model: torch.nn.Module) -> int:
 
 def allocated_peak(run: Callable[[], None]) -> int:
     """The most bytes that PyTorch's allocator had handed out at once while `run` ran, above what there was before."""
+    return allocated(run)[0]
+
+
+def allocated(run: Callable[[], object]) -> tuple[int, int]:
+    """The most bytes handed out at once while `run` ran, and those handed out at its end, above what there was before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         run()
@@ -106,7 +111,7 @@ def allocated_peak(run: Callable[[], None]) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()
         most = max(most, total)
-    return most
+    return most, total
 
 
 def measured_peak(model: Any, batch: int, seq: int, steps: int = 2) -> int:
@@ -127,6 +132,11 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
+def forget_peak() -> None:
+    """VmHWM begins anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def measure(case: Case) -> dict[str, int]:
     """Both witnesses, in this process."""
     with dispatch.use_backend(case.backend):
@@ -137,7 +147,7 @@ def measure(case: Case) -> dict[str, int]:
         with torch.no_grad():
             for x in (*model.parameters(), *model.buffers()):
                 x.sum()  # weights are mapped from files: now they are in memory
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        forget_peak()
         before = resident("VmRSS")
         step = train_step(model, case.batch, case.seq)
         for _ in range(2):

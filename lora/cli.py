@@ -1,4 +1,4 @@
-"""The command line: lora train | plan | generate | merge | export | quantize | explain.
+"""The command line: lora train | plan | generate | merge | export | quantize | explain | bench.
 
 Each command imports what it needs when it runs, so that `lora --help` answers at once. A user's error is one line on
 stderr and exit code 2; --debug shows where it came from. Ctrl-C exits with 130, SIGTERM with 143.
@@ -36,6 +36,7 @@ COMMANDS = {
     "export": "write an adapter for a server: vLLM, or llama.cpp",
     "quantize": "write a model with its weights in 4 bits (NF4)",
     "explain": "show what is adapted, which implementation runs it, and what memory it takes",
+    "bench": "measure this machine against PEFT and others: outputs first, then time, then memory",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCK_DTYPES = ("q8_0",)  # of a GGUF file only
@@ -147,6 +148,7 @@ def parser() -> Parser:
         "export": add_export,
         "quantize": add_quantize,
         "explain": add_explain,
+        "bench": add_bench,
     }
     for name, text in COMMANDS.items():
         command = commands.add_parser(
@@ -471,6 +473,40 @@ def explain(options: argparse.Namespace) -> None:
         if options.adapter:
             print(dispatch.explain(model), end="\n\n")
         print(memory_table(model))
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------
+
+
+def add_bench(command: Parser) -> None:
+    """The options of lora bench."""
+    command.add_argument("--rows", metavar="NAMES", help="step, memory, linear, nf4, generate, inject, growth [all]")
+    _number(command, "--rounds", "N", 5, "how often everything is timed, in turn", int)
+    command.add_argument("--dry-run", action="store_true", help="tiny shapes, in seconds: does it all run?")
+    command.add_argument(
+        "--output", metavar="DIR", type=Path, help="for figures and page [the checkout's docs/benchmarks]"
+    )
+    command.set_defaults(command=bench)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """lora bench: see `benchmarks/cpu`, beside this package in a checkout; exit code 1 after a disagreement."""
+    import importlib
+    from importlib.util import find_spec
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "cpu" / "__main__.py").is_file():
+        raise LoRAError(
+            "lora bench needs a checkout: the benchmarks are not part of the installed package. In a clone of the "
+            "repository run `pip install -e '.[train,dev]'`, then `lora bench`."
+        )
+    missing = [name for name in ("transformers", "peft", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise LoRAError(f"lora bench needs {', '.join(missing)}. In the checkout run: pip install -e '.[train,dev]'")
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    module = importlib.import_module("benchmarks.cpu.__main__")
+    raise SystemExit(module.bench(options.rows, options.rounds, options.dry_run, options.output))
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------

@@ -45,9 +45,9 @@ SECONDS = {"median_s", "low_s", "high_s"}
 class Recorder:
     """Appends rows to a file and keeps them; what the file held before is kept too."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = CSV_NAME) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / CSV_NAME
+        self.path = directory / name
         self.rows = read_rows(self.path) if self.path.exists() else []
         self.failures = 0
         self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open until close()

@@ -50,8 +50,10 @@ class Timing(NamedTuple):
     base: int | None
 
 
-def measure(variants: Mapping[str, Variant], device: torch.device, seconds: float) -> dict[str, Timing | str]:
-    """Each variant's timing, or the reason why there is none; about `seconds` of device time in all."""
+def measure(
+    variants: Mapping[str, Variant], device: torch.device, seconds: float, rounds: int | None = None
+) -> dict[str, Timing | str]:
+    """Each variant's timing, or the reason why there is none; about `seconds` of device time in all, or `rounds`."""
     found: dict[str, Timing | str] = {}
     memory: dict[str, tuple[int | None, int | None]] = {}
     once = 0.0
@@ -62,7 +64,8 @@ def measure(variants: Mapping[str, Variant], device: torch.device, seconds: floa
             continue
         once += outcome[0]
         memory[name] = outcome[1:]
-    rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / max(once, 1e-6)))) if device.type == "cuda" else 3
+    if rounds is None:
+        rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / max(once, 1e-6)))) if device.type == "cuda" else 3
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in memory}
     flush = flush_buffer(device)
     for _ in range(rounds):

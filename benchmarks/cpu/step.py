@@ -1,0 +1,160 @@
+"""Training steps: forward, loss, backward and AdamW, without a trainer, beside PEFT's.
+
+The gate compares the first loss and the gradient of every A and B. With dropout there is no comparing with PEFT, whose
+masks are other ones: ours is held against our reference, whose masks are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora
+from benchmarks.card.peers import peer, rms_norm_formula
+from benchmarks.card.timing import Variant
+from benchmarks.cpu import floors, models
+from benchmarks.cpu.session import Results, Session, Trial, run_trial, verdict
+
+IGNORED = -100
+GPU_PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "lorafusion": "lorafusion"}
+NEEDS_GPU = "its kernels need a GPU"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of step."""
+
+    name: str
+    p: float = 0.0
+    labelled: float = 1.0  # the share of labels that are not -100
+    nf4: bool = False
+
+
+KINDS = (Kind("step"), Kind("step, dropout 0.1", p=0.1), Kind("step, 75% ignored", labelled=0.25), Kind("step, NF4", nf4=True))  # fmt: skip
+SIZE, TINY_SIZE = (2, 512), (2, 16)
+
+
+def run(session: Session) -> None:
+    """Every kind."""
+    for kind in KINDS:
+        run_trial(session, trial(session, kind))
+
+
+def trial(session: Session, kind: Kind) -> Trial:
+    """One kind of step, in every way that there is."""
+    sequences, length = TINY_SIZE if session.dry else SIZE
+    plain = models.base(session.dry)
+    ids = models.token_ids(plain, sequences, length)
+    labels = with_ignored(ids, kind.labelled)
+    floor = floors.step_floor(plain, sequences, length, kind.labelled)
+    quantised, base = models.quantised_pair(session.dry) if kind.nf4 else (models.base(session.dry), plain)
+    mine, other = models.ours(quantised, kind.p), models.theirs(base, kind.p)
+    variants = {"ours": stepper(mine, ids, labels), "peft": stepper(other, ids, labels)}
+    if kind.nf4:
+        variants["ours, float32 base"] = stepper(models.ours(models.base(session.dry)), ids, labels)
+    elif kind == KINDS[0]:
+        variants["transformers, no adapters"] = frozen_step(models.base(session.dry), ids, labels)
+    variants["floor"] = Variant(floor.run, note="products alone")
+    gate = dropout_gate(session, mine, kind.p, ids, labels) if kind.p else peft_gate(mine, other, ids, labels)
+    absent = {name: why_absent(module) for name, module in GPU_PEERS.items()} if kind == KINDS[0] else {}
+    shape = f"{sequences} x {length}"
+    return Trial(
+        "step", kind.name, variants, gate, sequences * length, shape, floor.bytes, floor.flops, absent
+    )  # fmt: skip
+
+
+def why_absent(module: str) -> str:
+    """A peer that does not run on a CPU, or is not installed."""
+    found = peer(module)
+    return found if isinstance(found, str) else NEEDS_GPU
+
+
+def with_ignored(ids: Tensor, labelled: float) -> Tensor:
+    """The labels of the last part of each sequence; the others, a prompt's, are -100."""
+    labels = ids.clone()
+    labels[:, : round(ids.shape[1] * (1 - labelled))] = IGNORED
+    return labels
+
+
+def stepper(model: Any, ids: Tensor, labels: Tensor) -> Variant:
+    """Forward, loss, backward, AdamW."""
+    optimizer = torch.optim.AdamW(models.trained(model), lr=1e-5)
+
+    def step() -> tuple[Tensor]:
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return (loss.detach(),)
+
+    return Variant(step)
+
+
+def frozen_step(model: Any, ids: Tensor, labels: Tensor) -> Variant:
+    """The plain model's forward, loss and backward to its embeddings: no adapters and no optimizer."""
+    model.train()
+
+    def step() -> tuple[Tensor]:
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        loss = model(inputs_embeds=x, labels=labels, use_cache=False).loss
+        return torch.autograd.grad(loss, x)  # type: ignore[no-any-return]
+
+    return Variant(step, note="computes less: nothing is trained")
+
+
+def outputs(model: Any, factors: Callable[[Any], dict[str, Tensor]], ids: Tensor, labels: Tensor) -> Results:
+    """The loss, and the gradient of each A and B by its path."""
+    if next(model.parameters()).dtype == torch.float64:  # transformers' loss would round the logits to float32
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    else:
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    found = {name: factor.grad for name, factor in factors(model).items() if factor.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach(), **found}
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64, its norms too, which transformers would compute in float32."""
+    for module in model.double().modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = partial(rms_norm_formula, weight=module.weight, eps=module.variance_epsilon)
+    return model
+
+
+def peft_gate(mine: Any, other: Any, ids: Tensor, labels: Tensor) -> Callable[[], str]:
+    """Ours and PEFT's, both against PEFT's in float64."""
+
+    def gate() -> str:
+        found = outputs(mine, models.ours_factors, ids, labels)
+        theirs = outputs(other, models.peft_factors, ids, labels)
+        truth = outputs(in_float64(copy.deepcopy(other)), models.peft_factors, ids, labels)
+        return verdict(found, theirs, truth, "PEFT")
+
+    return gate
+
+
+def dropout_gate(session: Session, mine: Any, p: float, ids: Tensor, labels: Tensor) -> Callable[[], str]:
+    """Ours and our reference, both against the reference in float64, with the same masks."""
+
+    def seeded(model: Any) -> Results:
+        torch.manual_seed(5)
+        return outputs(model, models.ours_factors, ids, labels)
+
+    def gate() -> str:
+        found = seeded(mine)
+        with lora.use_backend("reference"):
+            model = models.ours(models.base(session.dry), p)
+            theirs = seeded(model)
+            truth = seeded(in_float64(model))
+        return verdict(found, theirs, truth, "the reference")
+
+    return gate
