@@ -24,7 +24,7 @@ from lora.fast.dropout import KeepRows, dropout_mask
 from lora.fast.linear import backward_group, forward_group
 from lora.fast.operands import as_autocast, as_rows, factors_of
 from lora.fast.parts import Part, flat_part, packed, unpacked
-from lora.fast.runtime import FusedFunction, kind_of, runs_triton
+from lora.fast.runtime import FusedFunction, kind_of, rehearsing, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
 from lora.reference.loss import Reduction, as_projection, check_options, read_labels
@@ -227,7 +227,7 @@ def kept_rows(shape: torch.Size, dropout: Dropout | None, counted: Tensor) -> Ke
 def row_losses_(logits: Tensor, labels: Tensor, settings: Settings, weight: float | Tensor, wants: bool) -> Tensor:
     """The loss of each row, times `weight` where that is a number; `logits` become their own gradients if wanted."""
     if runs_triton(logits):
-        if logits.is_meta:  # a dry run: what the kernel makes
+        if rehearsing():  # what the kernel makes
             return logits.new_empty(len(logits), dtype=torch.float32)
         from lora.fast.kernels import cross_entropy as kernels
 

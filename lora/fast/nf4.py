@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora.errors import LoRAError
 from lora.fast import library
-from lora.fast.runtime import runs_triton
+from lora.fast.runtime import rehearsing, runs_triton
 from lora.nf4_format import NF4_CODES, check_block_size
 from lora.projection import NF4Weight
 from lora.reference.nf4 import check_quantisable, nf4_absmax
@@ -80,7 +80,7 @@ def decoded_together(weights: Sequence[NF4Weight], dtype: torch.dtype) -> Tensor
 def decode_into(quantised: NF4Weight, out: Tensor) -> None:
     """Writes w' into `out`, [out, in], whose rows may be part of wider ones."""
     if runs_triton(out):
-        if out.is_meta:  # a dry run
+        if rehearsing():
             return
         from lora.fast.kernels import nf4 as kernels
 
