@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.card import plots
+from benchmarks.card.context import PROBED, WHOLE_OPTIONS
 from benchmarks.card.goals import GIB, GOALS, Rows, peft_beside, ratio, seconds
 from benchmarks.card.real import LOSSES_NAME
 from benchmarks.card.rows import (
@@ -267,12 +268,20 @@ def context(rows: Rows) -> str:
     if not found:
         return ""
     lines = [
-        (f"{row.tokens:,}", f"{seconds(row):.1f}" if row.median_s else "-", gib(row.peak_bytes), row.note)
+        (row.variant, f"{row.tokens:,}", f"{seconds(row):.1f}" if row.median_s else "-", gib(row.peak_bytes),
+         gib(row.peak_bytes + row.base_bytes) if row.peak_bytes and row.base_bytes else "-", row.note)
         for row in found
-    ]
-    longest = max((row.tokens for row in found if row.median_s), default=0)
-    text = f"NF4, offloading, one sequence, forward and backward. The longest that ran: {longest:,} tokens."
-    return f"## Longest context\n\n{text}\n\n" + table(("tokens", "s", "GiB above the model", "note"), lines)
+    ]  # fmt: skip
+    fitted = [row for row in found if row.median_s]
+    whole = max((row.tokens for row in fitted if row.variant == WHOLE_OPTIONS), default=0)
+    probed = max((row.tokens for row in fitted), default=0)
+    text = (
+        f"NF4, offloading, one sequence, forward and backward. The longest step of the whole model that ran: {whole:,} "
+        f"tokens. The longest that fits beside the whole model's weights: {probed:,}, searched with the first {PROBED} "
+        "blocks, since a block and the loss make the peak and attention over such lengths takes minutes."
+    )
+    columns = ("how", "tokens", "s", "GiB above the model", "GiB in all", "note")
+    return f"## Longest context\n\n{text}\n\n" + table(columns, lines)
 
 
 VARIANTS = ("frozen", "torch", "torch fused", "peft", "peft float32", "peft + liger", "liger", "copy")

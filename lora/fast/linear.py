@@ -42,10 +42,10 @@ from lora.fast.operands import (
     columns_of,
     dense_of,
     factors_of,
-    multiply_into,
-    product_in,
+    multiplied,
 )
 from lora.fast.parts import TENSORS, Part, packed, unpacked
+from lora.fast.products import product, product_in
 from lora.fast.runtime import FusedFunction
 from lora.projection import Dropout, Projection
 
@@ -136,25 +136,24 @@ def forward_group(
     factors: Factors | None,
     adds: bool = True,
 ) -> tuple[Sequence[Tensor], Kept]:
-    """h_i = x W_iᵀ + b_i + s_i · (D(x) A_iᵀ) B_iᵀ of each part, the columns of one buffer.
+    """h_i = x W_iᵀ + b_i + s_i · (D(x) A_iᵀ) B_iᵀ of each part, as `operands.multiplied` lays them out.
 
     Args:
         wanted: False where only what is kept matters; the outputs are then left as they are in memory.
-        out: the buffer, [tokens, Σ out]; a new one by default.
+        out: a buffer, [tokens, Σ out], that may be used for them.
         factors: `factors_of(parts, x's type)`.
         adds: False where the caller adds the updates itself: the outputs are then x W_iᵀ + b_i.
     """
     dtype, none = rows.dtype, (None,) * len(parts)
-    sizes = [part.out_features for part in parts]
-    h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
-    outputs = columns_of(h, sizes)
     adapted_input, u = rows, None
     if factors is not None:
         adapted_input = apply_dropout(rows, dropout)
         u = through_A(adapted_input, parts, factors)
     if not wanted and all(part.magnitude is None for part in parts):
-        return outputs, Kept(u, none, none, none, factors)
-    multiply_into(h, rows, parts)
+        sizes = [part.out_features for part in parts]
+        h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
+        return columns_of(h, sizes), Kept(u, none, none, none, factors)
+    outputs = multiplied(rows, parts, out)
     gains: list[Tensor | None] = list(none)
     norms: list[Tensor | None] = list(none)
     adapted: list[Tensor | None] = list(none)
@@ -208,7 +207,7 @@ def rescale_(
         z = torch.addmm(h, u, B.T)
         h.copy_(z * gain)
         return gain, norm, z
-    z = torch.mm(dropped, dense.T)
+    z = product(dropped, dense.T)
     h.sub_(z)
     h.addcmul_(z.addmm_(u, B.T), gain)
     return gain, norm, z
@@ -335,7 +334,7 @@ def input_gradient(upstream: Upstream, parts: Sequence[Part], kept: Kept, dropou
     if dropout is None:
         rescaled = [dy if gain is None else dy * gain for dy, gain in zip(dys, kept.gains, strict=True)]
         return back_through(rescaled, parts).addmm_(du, factors.A)
-    through_dropout = torch.mm(du, factors.A)
+    through_dropout = product(du, factors.A)
     for dy, gain, part in zip(dys, kept.gains, parts, strict=True):
         if gain is not None:
             through_dropout.addmm_(dy * (gain - 1), dense_of(part, dy.dtype))

@@ -17,6 +17,7 @@ from torch import Tensor
 from lora.fast import library
 from lora.fast.operands import as_autocast, as_rows, dense_of
 from lora.fast.parts import Part, Static, flat_part, packed, unpacked
+from lora.fast.products import product
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Projection
 from lora.reference.multi_lora import check_adapters, check_base
@@ -76,7 +77,7 @@ def forward_tokens(
 ) -> tuple[Tensor, Tensor]:
     """h, [rows, ..., out], and s·xAᵀ of each token, [tokens, r]."""
     rows = as_rows(x)  # [tokens, in]
-    h = torch.mm(rows, dense_of(part, x.dtype).T)
+    h = product(rows, dense_of(part, x.dtype).T)
     if part.bias is not None:
         h.add_(part.bias.to(h.dtype))
     su = groups.shrink(rows, lora_A.to(x.dtype), scaling)  # [tokens, r]
@@ -103,7 +104,7 @@ def backward_tokens(
         du = groups.shrink(dy, lora_B.to(dy.dtype).transpose(1, 2), scaling)  # [tokens, r]
         dA = groups.sums(du, rows).to(lora_A.dtype) if wants_A else None
         if wants_x:
-            dx = torch.mm(dy, dense_of(part, dy.dtype))
+            dx = product(dy, dense_of(part, dy.dtype))
             groups.expand_(dx, du, lora_A.to(dy.dtype).transpose(1, 2))
             dx = dx.view(x.shape)
     if wants_B:

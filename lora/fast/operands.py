@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora.fast.nf4 import decoded_together
 from lora.fast.parts import Part
+from lora.fast.products import by_onednn, product
 from lora.fast.runtime import autocast_type
 from lora.projection import Projection
 
@@ -38,14 +39,26 @@ def as_autocast(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, S
 # ---- weights
 
 
-def multiply_into(h: Tensor, rows: Tensor, parts: Sequence[Part]) -> None:
-    """x W_iᵀ of each part into its columns of h: one product where the weights lie together, else one each."""
+def multiplied(rows: Tensor, parts: Sequence[Part], out: Tensor | None = None) -> Sequence[Tensor]:
+    """x W_iᵀ of each part, [tokens, out_i]: one product where the weights lie together, else one each.
+
+    They are the columns of one buffer, of `out` where it is given and the product can write there: except for oneDNN,
+    which makes a tensor of its own for each product.
+    """
+    sizes = [part.out_features for part in parts]
     together = stacked_weight(parts, rows.dtype)
+    if together is not None and by_onednn(rows, together):
+        return columns_of(product(rows, together.T), sizes)
+    h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
     if together is not None:
         torch.mm(rows, together.T, out=h)
-        return
-    for part, columns in zip(parts, columns_of(h, [part.out_features for part in parts]), strict=True):
+        return columns_of(h, sizes)
+    if by_onednn(rows):
+        return [product(rows, dense_of(part, rows.dtype).T) for part in parts]
+    outputs = columns_of(h, sizes)
+    for part, columns in zip(parts, outputs, strict=True):
         columns.addmm_(rows, dense_of(part, rows.dtype).T, beta=0)
+    return outputs
 
 
 def back_through(dys: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
@@ -54,8 +67,8 @@ def back_through(dys: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
     side_by_side = columns_of_one(dys)
     together = stacked_weight(parts, dtype) if side_by_side is not None else None
     if side_by_side is not None and together is not None:
-        return torch.mm(side_by_side, together)
-    dx = torch.mm(dys[0], dense_of(parts[0], dtype))
+        return product(side_by_side, together)
+    dx = product(dys[0], dense_of(parts[0], dtype))
     for dy, part in zip(dys[1:], parts[1:], strict=True):
         dx.addmm_(dy, dense_of(part, dtype))
     return dx
@@ -150,16 +163,3 @@ def factors_of(parts: Sequence[Part], dtype: torch.dtype) -> Factors | None:
     if not cast:
         return Factors(stacked, B, cast)
     return Factors(stacked.to(dtype), tuple(None if each is None else each.to(dtype) for each in B), cast)
-
-
-def product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
-    """The matrix product as a tensor of `dtype`: an adapter's gradient, in the adapter's own type.
-
-    On a GPU the float32 sums of a product of 16-bit numbers are the result, rounded no more.
-    """
-    if left.dtype == dtype:
-        return torch.mm(left, right)
-    halves = left.dtype in (torch.float16, torch.bfloat16)
-    if left.is_cuda and halves and dtype == torch.float32 and not torch.compiler.is_compiling():
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)

@@ -46,6 +46,7 @@ CHECKPOINT = Proofs(  # bits by the proofs, memory and what is run again by the 
 PROOFS = {
     "linear": plain("linear", "linear", "qkv"),
     "operands": plain("linear", "qkv", "linear", "mlp", "operands"),
+    "products": plain("linear", "linear", "qkv", "products"),
     "parts": plain("linear", "linear", "qkv", "mlp"),
     "qkv": plain("qkv"),
     "mlp": plain("mlp"),

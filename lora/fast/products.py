@@ -1,0 +1,61 @@
+"""Matrix products, by the faster of the libraries that PyTorch brings.
+
+On a CPU `torch.mm` of float32 is MKL's. oneDNN, in the same build, is faster at the shapes of this package: on a
+two-core AMD EPYC with AVX-512 in 70 to 85% of the time at 1,024 tokens (docs/benchmarks/log.md). It returns a new
+tensor and cannot write into a given one, so a product that has a destination says so and is MKL's where it must be.
+`torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off, here as everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right, [m, k] by [k, n], a new tensor."""
+    dense = right.is_contiguous() or right.T.is_contiguous()  # of any other oneDNN's product takes fifty times as long
+    if dense and by_onednn(left, right):
+        return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")  # type: ignore[no-any-return]
+    return torch.mm(left, right)
+
+
+def by_onednn(*operands: Tensor) -> bool:
+    """Whether oneDNN multiplies these: float32 on a CPU, nothing empty, and no graph, which chooses for itself."""
+    return (
+        all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in operands)
+        and onednn_is_there()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def onednn_is_there() -> bool:
+    """Whether this build of PyTorch has it and nobody turned it off."""
+    return _has_linear() and bool(torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _has_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """The matrix product as a tensor of `dtype`: an adapter's gradient, in the adapter's own type.
+
+    On a GPU the float32 sums of a product of 16-bit numbers are the result, rounded no more.
+    """
+    if left.dtype == dtype:
+        return tall_product(left, right)
+    halves = left.dtype in (torch.float16, torch.bfloat16)
+    if left.is_cuda and halves and dtype == torch.float32 and not torch.compiler.is_compiling():
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
+def tall_product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right; on a CPU a result that is taller than wide is made transposed, in half the time."""
+    if len(left) > right.shape[1] and left.device.type == "cpu":
+        return torch.mm(right.T, left.T).T
+    return torch.mm(left, right)
