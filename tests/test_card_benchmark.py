@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,26 +240,56 @@ def test_a_step_s_error_is_held_to_twice_peft_s():
         assert steps.verdict({**right, "a": torch.full((9,), bad)}, theirs, truth).startswith("wrong")
 
 
-@pytest.mark.parametrize(("fits", "expected"), [(100, [32, 64, 128, 96]), (50, [32, 64, 48]), (500, [32, 64, 128])])
-def test_the_longest_context_is_searched_for(tmp_path, monkeypatch, fits, expected):
+class Blocks:
+    """As much of a model as the search for the longest context looks at."""
+
+    def __init__(self, number: int) -> None:
+        self.config = SimpleNamespace(num_hidden_layers=number)
+        self.model = SimpleNamespace(layers=[None] * number)
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fits", "longest", "tried"),
+    [(100, 100, [32, 64, 128, 96, 112, 104, 100]), (50, 50, [32, 64, 48, 56, 52, 50]), (500, 128, [32, 64, 128]), (9, 0, [32])],
+)  # fmt: skip
+def test_the_longest_context_is_searched_for(tmp_path, monkeypatch, fits, longest, tried):
     def step(_session, _model, length, _base):
         if length > fits:
             raise torch.OutOfMemoryError("full")
         return 0.001, 5, 1.0
 
     monkeypatch.setattr(context, "one_step", step)
-    here = session(tmp_path)
-    context.search(here, torch.nn.Linear(1, 1), None)
+    here, model = session(tmp_path), Blocks(5)
+    with context.blocks(model, 3):
+        assert context.search(here, model, 32, 128, None) == longest
+    assert model.config.num_hidden_layers == 5
     rows = here.recorder.rows
-    assert [row.tokens for row in rows] == expected
-    assert [row.tokens for row in rows if row.median_s] == [length for length in expected if length <= fits]
+    assert [row.tokens for row in rows] == tried
+    assert [row.tokens for row in rows if row.median_s] == [length for length in tried if length <= fits]
+    assert {row.variant for row in rows} == {context.PROBE_OPTIONS}
 
 
-def test_a_search_without_time_says_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(context, "one_step", lambda *_: (1e6, None, 1.0))
+def test_a_whole_step_without_time_says_what_it_would_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(context, "one_step", lambda *_: (1.0, None, 1.0))
+    here, model = session(tmp_path), Blocks(2)
+    context.whole_step_of(here, model, 640, {32: 1.0, 64: None}, None)
+    context.whole_step_of(here, model, 64, {32: 1.0}, None)
+    notes = [(row.tokens, row.variant, row.note[:26]) for row in here.recorder.rows]
+    assert notes == [
+        (640, context.WHOLE_OPTIONS, "not run: about 400 s would"),
+        (64, context.WHOLE_OPTIONS, "loss 1.000"),
+    ]
+
+
+def test_another_failure_than_memory_ends_the_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(context, "one_step", lambda *_: 1 / 0)
     here = session(tmp_path)
-    context.search(here, torch.nn.Linear(1, 1), None)
-    assert [(row.tokens, row.note[:7]) for row in here.recorder.rows] == [(32, "loss 1."), (64, "not run")]
+    with pytest.raises(RuntimeError, match="division by zero"):
+        context.search(here, Blocks(5), 32, 128, None)
+    assert here.recorder.rows[-1].note.startswith("failed")
 
 
 def test_a_step_s_arithmetic_is_that_of_its_products():

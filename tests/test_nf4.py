@@ -518,3 +518,12 @@ def test_loftq_bad_input(options: dict[str, float], message: str) -> None:
     arguments = {"r": 2, "scaling": 1.0} | options
     with pytest.raises(LoRAError, match=message):
         loftq(normal(8, 16), **arguments)
+
+
+def test_weights_of_odd_sizes_are_decoded_one_under_another():
+    """The second begins at an odd number of the workspace, where pairs of numbers cannot be written as one."""
+    from lora.fast.nf4 import decoded_together
+
+    weights = [nf4_quantize(torch.randn(rows, 5)) for rows in (3, 4, 2)]
+    together = decoded_together(weights, torch.float32)
+    assert torch.equal(together, torch.cat([nf4_dequantize(weight) for weight in weights]))

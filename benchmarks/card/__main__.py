@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=550, help="after these, what is left is not run, and says so")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--compile", action="store_true", help="steps: time torch.compile of each layer too")
+    parser.add_argument("--lengths", nargs="+", type=int, default=(), help="context: whole steps of these, no search")
     given = parser.parse_args(arguments)
     if not given.dry_run and not torch.cuda.is_available():
         parser.error("torch finds no GPU: --dry-run runs the same code at tiny shapes on the CPU.")
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     before = recorder.failures
     session = Session(
         device, recorder, TINY if given.dry_run else LLAMA_8B, time.monotonic() + given.seconds, given.dry_run,
-        compile=given.compile,
+        compile=given.compile, lengths=tuple(given.lengths),
     )  # fmt: skip
     for name in [part for part in PARTS if part in given.parts]:
         start = time.monotonic()

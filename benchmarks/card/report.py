@@ -140,7 +140,7 @@ def page(
     if "dry run" in environment["card"]:
         parts.append(DRY)
     parts += [goals(found, causes), ceilings(found), steps(found, slug, pictures), profile(found)]
-    parts += [real(found, slug, pictures), context(found)]
+    parts += [real(found, slug, pictures), context(found, causes.get("longest context", ""))]
     parts += [operations(found, slug, pictures), forms(found), checks(found), missing(found), HOW]
     return "\n".join(part for part in parts if part)
 
@@ -262,8 +262,8 @@ def real(rows: Rows, slug: str, pictures: Sequence[str]) -> str:
     )
 
 
-def context(rows: Rows) -> str:
-    """The search for the longest sequence."""
+def context(rows: Rows, remark: str = "") -> str:
+    """The search for the longest sequence; `remark` is what no figure says."""
     found = [row for row in rows.all if row.part == "context" and row.tokens]
     if not found:
         return ""
@@ -281,7 +281,7 @@ def context(rows: Rows) -> str:
         "blocks, since a block and the loss make the peak and attention over such lengths takes minutes."
     )
     columns = ("how", "tokens", "s", "GiB above the model", "GiB in all", "note")
-    return f"## Longest context\n\n{text}\n\n" + table(columns, lines)
+    return f"## Longest context\n\n{text}\n\n" + table(columns, lines) + (f"\n\n{remark}" if remark else "")
 
 
 VARIANTS = ("frozen", "torch", "torch fused", "peft", "peft float32", "peft + liger", "liger", "copy")

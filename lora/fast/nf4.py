@@ -86,15 +86,19 @@ def decode_into(quantised: NF4Weight, out: Tensor) -> None:
 
         kernels.nf4_dequantize_into(quantised, out)
         return
-    table = pair_table(str(out.device))  # [256, 2]: both halves of a byte in one look-up
-    pairs = table.index_select(0, quantised.codes.int())  # [bytes, 2]
     count, block = math.prod(quantised.shape), quantised.block_size
-    values, absmax = pairs.view(-1), nf4_absmax(quantised)
+    pairs = count == 2 * len(quantised.codes) and out.storage_offset() % 2 == 0
+    in_place = pairs and out.dtype == torch.float32 and out.is_contiguous()
+    values = out.view(-1) if in_place else torch.empty(2 * len(quantised.codes), device=out.device)
+    table = pair_table(str(out.device))
+    torch.index_select(table, 0, quantised.codes.int(), out=values.view(torch.int64))
+    absmax = nf4_absmax(quantised)
     whole = count // block * block
     values[:whole].view(-1, block).mul_(absmax[: whole // block, None])
     if whole < count:
         values[whole:count].mul_(absmax[-1])
-    out.copy_(values[:count].view(quantised.shape))
+    if not in_place:
+        out.copy_(values[:count].view(quantised.shape))
 
 
 def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -114,6 +118,7 @@ def release_workspaces(kind: str | None = None) -> None:
 
 
 def pair_table(device: str) -> Tensor:
-    """The two values that each byte holds, float32 [256, 2]."""
+    """The two float32 values that each byte holds, as one number of 64 bits, [256]: one look-up, not two."""
     byte = torch.arange(256, device=device)
-    return torch.stack([NF4_CODES.to(device)[byte >> 4], NF4_CODES.to(device)[byte & 15]], dim=1)
+    pairs = torch.stack([NF4_CODES.to(device)[byte >> 4], NF4_CODES.to(device)[byte & 15]], dim=1)  # [256, 2]
+    return pairs.contiguous().view(torch.int64).flatten()
