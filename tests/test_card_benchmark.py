@@ -253,7 +253,8 @@ class Blocks:
 
 @pytest.mark.parametrize(
     ("fits", "longest", "tried"),
-    [(100, 100, [32, 64, 128, 96, 112, 104, 100]), (50, 50, [32, 64, 48, 56, 52, 50]), (500, 128, [32, 64, 128]), (9, 0, [32])],
+    [(100, 100, [32, 64, 128, 96, 112, 104, 100]), (50, 50, [32, 64, 48, 56, 52, 50]), (500, 128, [32, 64, 128]),
+     (9, 0, [32])],
 )  # fmt: skip
 def test_the_longest_context_is_searched_for(tmp_path, monkeypatch, fits, longest, tried):
     def step(_session, _model, length, _base):
