@@ -3,6 +3,8 @@
 Two processes have half the batches each; the one has them all, concatenated to a single batch. What must come out the
 same is what the whole of training depends on: the gradient of the mean loss over all tokens that count.
 
+Each process has a GPU of its own and they talk over NCCL where there are enough; else they are on the CPU, over gloo.
+
     python tests/several/cases.py FILE    runs every case, and writes what was found as JSON
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +38,11 @@ SIZE, EXAMPLES, TOKENS, VOCAB = 2, 2, 12, 64  # processes; of a batch
 MAX_NORM, LR = 0.2, 1.0
 CONFIG = functools.partial(lora.LoRAConfig, r=4, lora_alpha=8)
 LABELS = ("even", "uneven", "one masked")
+
+
+def device() -> torch.device:
+    """Where this process computes. (A process that has not parted yet must not ask a GPU for anything.)"""
+    return torch.device("cuda" if torch.cuda.device_count() >= SIZE and "RANK" in os.environ else "cpu")
 
 
 class Case(NamedTuple):
@@ -62,7 +70,7 @@ def every_case() -> list[Case]:
 
 def model_of(case: Case) -> Any:
     """A small Llama with adapters that do something; where labels are uneven, its head is its embedding."""
-    model = tiny_llama(tie_word_embeddings=case.labels == "uneven")
+    model = tiny_llama(tie_word_embeddings=case.labels == "uneven").to(device())
     if case.base == "nf4":
         lora.quantize(model, "nf4")
     lora.inject(model, lora.LoRAConfig(r=4, lora_alpha=8))
@@ -81,7 +89,7 @@ def batches_of(case: Case) -> list[dict[str, Tensor]]:
             labels[:, : (2, 10, 7)[number % 3]] = -100
         elif case.labels == "one masked" and number % SIZE == 1:
             labels[:] = -100
-        batches.append({"input_ids": ids, "labels": labels})
+        batches.append({"input_ids": ids.to(device()), "labels": labels.to(device())})
     return batches
 
 
@@ -147,7 +155,7 @@ def refused(action: Any) -> str:
 
 
 def adapted(base: str = "plain", **options: Any) -> Any:
-    model = tiny_llama()
+    model = tiny_llama().to(device())
     if base == "nf4":
         lora.quantize(model, "nf4")
     torch.manual_seed(3)
@@ -177,8 +185,8 @@ def verbs_of_sharded(world: World, root: Path) -> dict[str, Any]:
     found["shard"] = refused(lambda: shard(model))
     layer = model.model.layers[0].mlp.up_proj
     with lora.use_backend("fast"):
-        found["operation"] = refused(lambda: lora.ops.lora_linear(torch.ones(2, 32), layer.projection_of(("default",))))
-    bare = tiny_llama()
+        found["operation"] = refused(lambda: lora.ops.lora_linear(torch.ones(2, 32, device=device()), layer.projection_of(("default",))))
+    bare = tiny_llama().to(device())
     fully_shard(bare)
     found["inject"] = refused(lambda: lora.inject(bare, CONFIG()))
     mixed = adapted()
@@ -242,7 +250,7 @@ def work(rank: int, out: Path) -> None:
         )
     verbs = verbs_of_sharded(world, out.parent)
     if rank == 0:
-        out.write_text(json.dumps({"cases": results, "verbs": verbs}))
+        out.write_text(json.dumps({"cases": results, "verbs": verbs, "device": device().type}))
     dist.barrier()
     world.leave()
 
