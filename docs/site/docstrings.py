@@ -1,8 +1,8 @@
 """The house's docstrings as Markdown: equations are code, and the sections that end a docstring are lists.
 
-    Args:                          **Args**
-        x: [..., in_features].       - `x`: [..., in_features].
-    Returns: the same model.       **Returns**: the same model.
+Args:                          **Args**
+    x: [..., in_features].       - `x`: [..., in_features].
+Returns: the same model.       **Returns**: the same model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the docs site makes that no file in docs/ is: pages of the notebooks, of the command line, of two files at the root.
+"""What the docs site has that is no file in docs/: pages of the notebooks, the command line, two files at the root.
 
 It also makes links work in both places. On disk a page links to files of the repository; in the site those that are
 pages become links to pages, and the others stay as the paths they are, because there is no address to send readers to
@@ -11,7 +11,6 @@ import argparse
 import base64
 import html
 import json
-import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
