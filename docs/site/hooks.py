@@ -127,6 +127,7 @@ def commands() -> str:
     ]
     for name, command in choice.choices.items():
         parts += [f"## lora {name}", str(command.description)]
+        parts += [f"```text\n{command.epilog.strip()}\n```"] if command.epilog else []
         for group in command._action_groups:
             rows = [option_row(action) for action in group._group_actions if action.dest != "help"]
             if rows:
