@@ -28,6 +28,11 @@ FENCES = re.compile(r"^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)\s*$|(?<=\n\n)(?:(?: 
 LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
 NAMED_PAGE = re.compile(r"(?<![\[`])`(?P<path>(?:docs/[\w./-]+|CONTRIBUTING|CHANGELOG)\.md)`(?!\])")
 MATHS = re.compile(r'<(span|div) class="arithmatex">\s*(.*?)\s*</\1>', re.S)
+NOT_KNOWN = {  # to latex2mathml -> what it knows instead
+    r"\\arg(?![a-z])": r"\\operatorname{arg}",
+    r"\{aligned\}": "{align*}",
+    r"\\mathbb\s*\{?E\}?": "𝔼",  # as a letter, because browsers ignore what MathML says of its style
+}
 
 
 # ---- the pages that are made
@@ -227,10 +232,13 @@ def on_page_content(content: str, page: Page, config: Any, files: Files) -> str:
 
 
 def mathml(text: str, where: str) -> str:
-    r"""`\(...\)` or `\[...\]` as MathML. Raises: ValueError where a command is left over."""
+    r"""`\(...\)` or `\[...\]` as MathML. Raises: ValueError where it holds what is not known."""
     inline = text.startswith(r"\(")
-    latex = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", text[2:-2].strip())  # the one that latex2mathml lacks
+    latex = text[2:-2].strip()
+    for unknown, known in NOT_KNOWN.items():
+        latex = re.sub(unknown, known, latex)
     made = latex2mathml.converter.convert(latex, display="inline" if inline else "block")
-    if re.search(r"\\[a-zA-Z]", made):
-        raise ValueError(f"an equation of {where} has a command that is not known: {latex}")
+    if re.search(r"\\[a-zA-Z]|&(?![#\w]+;)", made):
+        raise ValueError(f"an equation of {where} has something that is not known: {latex}")
+    made = made.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # both sides of a norm alike
     return made if inline else f'<div class="equation">{made}</div>'
