@@ -5,9 +5,10 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 SETUP_TUTORIALS := .venv/.tutorials-done
+SETUP_DOCS := .venv/.docs-done
 MINUTES ?= 30
 
-.PHONY: help setup demo test tutorials explore mutants check format clean
+.PHONY: help setup demo test tutorials docs explore mutants check format clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -34,6 +35,13 @@ tutorials: $(SETUP_TUTORIALS)  ## run every notebook from top to bottom, and sto
 
 $(SETUP_TUTORIALS): $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[tutorials]"
+	@touch $@
+
+docs: $(SETUP_DOCS)  ## the docs site, into build/site; a warning is an error
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(SETUP_DOCS): $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	@touch $@
 
 explore: $(SETUP)  ## the proofs with fresh randomness, for MINUTES; the report goes into docs/proof.md
