@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from benchmarks.card.rows import Recorder, Row, read_rows  # noqa: E402 - benchm
 from benchmarks.card.timing import Variant  # noqa: E402 - benchmarks/ is not installed
 from benchmarks.cpu import __main__ as bench  # noqa: E402 - benchmarks/ is not installed
 from benchmarks.cpu import floors, goals, growth, linear, memory, models, nf4, step  # noqa: E402 - benchmarks/ is not installed
-from benchmarks.cpu.session import Session, Trial, run_trial, verdict  # noqa: E402 - benchmarks/ is not installed
+from benchmarks.cpu.session import Session, Trial, run_trial, verdict, verdict_of_batches  # noqa: E402 - benchmarks/ is not installed
 
 TRIALS = {
     "step", "step, dropout 0.1", "step, 75% ignored", "step, NF4", "lora_linear", "nf4_dequantize", "generate, merged",
@@ -142,6 +143,24 @@ def test_the_verdict_allows_twice_the_other_s_error_and_eight_roundings():
     assert not verdict({"a": truth["a"] * (1 + 0.99 * limit)}, theirs, truth, "PEFT").startswith("wrong")
     assert verdict({"a": truth["a"] * (1 + 1.01 * limit)}, theirs, truth, "PEFT").startswith("wrong")
     assert verdict({"a": truth["a"] * torch.nan}, theirs, truth, "PEFT").startswith("wrong")
+
+
+def test_the_verdict_of_batches_allows_scatter_and_no_mistake():
+    truth = {name: torch.ones(4, dtype=torch.float64) for name in "abc"}
+
+    def off(*errors: float) -> dict[str, torch.Tensor]:
+        return {name: truth[name] * (1 + error) for name, error in zip("abc", errors, strict=True)}
+
+    theirs = off(1e-5, 1e-5, 1e-5)
+    scattered = [(off(4e-5, 4e-5, 1e-3), theirs, truth), (off(5e-6, 5e-6, 2e-6), theirs, truth)]  # √(4 · ½) of theirs
+    assert not verdict_of_batches(scattered, "PEFT").startswith("wrong")
+    worse = [(off(4e-5, 4e-5, 1e-5), theirs, truth), (off(2e-5, 2e-5, 2e-6), theirs, truth)]
+    assert verdict_of_batches(worse, "PEFT").startswith("wrong")
+    for mistake in (0.011, math.nan):
+        batches = [(off(1e-6, 1e-6, mistake), theirs, truth), (off(0.0, 0.0, 0.0), theirs, truth)]
+        assert verdict_of_batches(batches, "PEFT").startswith("wrong")
+        assert "furthest off is c" in verdict_of_batches(batches, "PEFT")
+    assert verdict_of_batches([({"a": truth["a"]}, theirs, truth)], "PEFT").startswith("wrong")
 
 
 def test_goals_take_ratios_the_right_way_round():

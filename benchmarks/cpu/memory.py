@@ -77,11 +77,10 @@ def run(session: Session) -> None:
 
 
 def gate(dry: bool, checkpointing: str) -> str:
-    """The loss and gradients under this mode are PEFT's; on a short batch, as the time does not count here."""
+    """The loss and gradients under this mode are PEFT's."""
     plain = models.base(dry)
-    ids = models.token_ids(plain, 2, 16)
     mine, other = models.ours(models.base(dry), 0.0, checkpointing), models.theirs(plain)
-    return step.peft_gate(mine, other, ids, ids)()
+    return step.peft_gate(mine, other)()
 
 
 def record(session: Session, part: str, name: str, request: Request) -> None:

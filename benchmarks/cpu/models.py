@@ -85,9 +85,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def token_ids(model: Any, sequences: int, length: int) -> Tensor:
+def token_ids(model: Any, sequences: int, length: int, seed: int = 1) -> Tensor:
     """Random tokens, the same at every call."""
-    return torch.randint(model.config.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(model.config.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
 def frozen_linears(model: Any) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ from benchmarks.card.rows import FAILED, NOT_THERE, WRONG, Recorder, Row
 from benchmarks.card.timing import Variant, attempt, measure
 
 CPU = torch.device("cpu")
+FORMULA = 0.01  # of an output: further off is no rounding of float32, however a model magnifies it
 Results = Mapping[str, Tensor]
 
 
@@ -98,6 +101,33 @@ def verdict(found: Results, theirs: Results, truth: Results, whose: str) -> str:
         f"limit 2 x {whose}'s + {roundings:.1e}"
     )
     return text if shares[worst] <= 1 else f"{WRONG}: {text}"
+
+
+def verdict_of_batches(batches: Sequence[tuple[Results, Results, Results]], whose: str) -> str:
+    """As `verdict`, of whole models: (ours, theirs, truth) for each batch.
+
+    A deep model magnifies roundings by another factor for each batch and each gradient, so that two single errors may
+    be ten times apart where neither computation is worse. Compared is what does not hang on that: the median over all
+    outputs, in the geometric mean over the batches. And no output may be off by FORMULA: roundings are not, mistakes are.
+    """
+    logs = [[0.0, 0.0] for _ in batches]
+    worst, furthest = "", 0.0
+    for log, (found, theirs, truth) in zip(logs, batches, strict=True):
+        if not found.keys() == theirs.keys() == truth.keys():
+            return verdict(found, theirs, truth, whose)  # which says what is missing
+        errors = {name: (relative_error(found[name], y), relative_error(theirs[name], y)) for name, y in truth.items()}
+        for name, (error, _) in errors.items():
+            off = math.inf if math.isnan(error) else error
+            if off > furthest:
+                worst, furthest = name, off
+        log[:] = (math.log(statistics.median(pair[i] for pair in errors.values()) or 2**-60) for i in (0, 1))
+    ours, other = (math.exp(statistics.fmean(log[i] for log in logs)) for i in (0, 1))
+    roundings = limit_of(torch.float32)
+    text = (
+        f"{len(batches[0][2])} outputs of {len(batches)} batches against float64; their median is off by {ours:.1e}, "
+        f"{whose} {other:.1e}, limit 2 x {whose}'s + {roundings:.1e}; furthest off is {worst} by {furthest:.1e}, limit {FORMULA}"
+    )
+    return text if ours <= 2 * other + roundings and furthest <= FORMULA else f"{WRONG}: {text}"
 
 
 def combined(outcomes: Sequence[str]) -> str:

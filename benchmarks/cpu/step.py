@@ -20,7 +20,7 @@ import lora
 from benchmarks.card.peers import peer, rms_norm_formula
 from benchmarks.card.timing import Variant
 from benchmarks.cpu import floors, models
-from benchmarks.cpu.session import Results, Session, Trial, run_trial, verdict
+from benchmarks.cpu.session import Results, Session, Trial, run_trial, verdict_of_batches
 
 IGNORED = -100
 GPU_PEERS = {"liger": "liger_kernel", "unsloth": "unsloth", "lorafusion": "lorafusion"}
@@ -39,6 +39,7 @@ class Kind:
 
 KINDS = (Kind("step"), Kind("step, dropout 0.1", p=0.1), Kind("step, 75% ignored", labelled=0.25), Kind("step, NF4", nf4=True))  # fmt: skip
 SIZE, TINY_SIZE = (2, 512), (2, 16)
+COMPARED = (5, 2, 32)  # batches, sequences and tokens of the gate
 
 
 def run(session: Session) -> None:
@@ -62,7 +63,7 @@ def trial(session: Session, kind: Kind) -> Trial:
     elif kind == KINDS[0]:
         variants["transformers, no adapters"] = frozen_step(models.base(session.dry), ids, labels)
     variants["floor"] = Variant(floor.run, note="products alone")
-    gate = dropout_gate(session, mine, kind.p, ids, labels) if kind.p else peft_gate(mine, other, ids, labels)
+    gate = dropout_gate(session, mine, kind) if kind.p else peft_gate(mine, other, kind.labelled)
     absent = {name: why_absent(module) for name, module in GPU_PEERS.items()} if kind == KINDS[0] else {}
     shape = f"{sequences} x {length}"
     return Trial(
@@ -130,31 +131,38 @@ def in_float64(model: Any) -> Any:
     return model
 
 
-def peft_gate(mine: Any, other: Any, ids: Tensor, labels: Tensor) -> Callable[[], str]:
+def of_batches(model: Any, factors: Callable[[Any], dict[str, Tensor]], labelled: float) -> list[Results]:
+    """The outputs for each batch of the gate; dropout's seeds are the same for every model."""
+    number, sequences, length = COMPARED
+    torch.manual_seed(5)
+    found = []
+    for seed in range(number):
+        ids = models.token_ids(model, sequences, length, seed)
+        found.append(outputs(model, factors, ids, with_ignored(ids, labelled)))
+    return found
+
+
+def peft_gate(mine: Any, other: Any, labelled: float = 1.0) -> Callable[[], str]:
     """Ours and PEFT's, both against PEFT's in float64."""
 
     def gate() -> str:
-        found = outputs(mine, models.ours_factors, ids, labels)
-        theirs = outputs(other, models.peft_factors, ids, labels)
-        truth = outputs(in_float64(copy.deepcopy(other)), models.peft_factors, ids, labels)
-        return verdict(found, theirs, truth, "PEFT")
+        found = of_batches(mine, models.ours_factors, labelled)
+        theirs = of_batches(other, models.peft_factors, labelled)
+        truth = of_batches(in_float64(copy.deepcopy(other)), models.peft_factors, labelled)
+        return verdict_of_batches(list(zip(found, theirs, truth, strict=True)), "PEFT")
 
     return gate
 
 
-def dropout_gate(session: Session, mine: Any, p: float, ids: Tensor, labels: Tensor) -> Callable[[], str]:
+def dropout_gate(session: Session, mine: Any, kind: Kind) -> Callable[[], str]:
     """Ours and our reference, both against the reference in float64, with the same masks."""
 
-    def seeded(model: Any) -> Results:
-        torch.manual_seed(5)
-        return outputs(model, models.ours_factors, ids, labels)
-
     def gate() -> str:
-        found = seeded(mine)
+        found = of_batches(mine, models.ours_factors, kind.labelled)
         with lora.use_backend("reference"):
-            model = models.ours(models.base(session.dry), p)
-            theirs = seeded(model)
-            truth = seeded(in_float64(model))
-        return verdict(found, theirs, truth, "the reference")
+            model = models.ours(models.base(session.dry), kind.p)
+            theirs = of_batches(model, models.ours_factors, kind.labelled)
+            truth = of_batches(in_float64(model), models.ours_factors, kind.labelled)
+        return verdict_of_batches(list(zip(found, theirs, truth, strict=True)), "the reference")
 
     return gate

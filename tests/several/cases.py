@@ -185,7 +185,9 @@ def verbs_of_sharded(world: World, root: Path) -> dict[str, Any]:
     found["shard"] = refused(lambda: shard(model))
     layer = model.model.layers[0].mlp.up_proj
     with lora.use_backend("fast"):
-        found["operation"] = refused(lambda: lora.ops.lora_linear(torch.ones(2, 32, device=device()), layer.projection_of(("default",))))
+        found["operation"] = refused(
+            lambda: lora.ops.lora_linear(torch.ones(2, 32, device=device()), layer.projection_of(("default",)))
+        )
     bare = tiny_llama().to(device())
     fully_shard(bare)
     found["inject"] = refused(lambda: lora.inject(bare, CONFIG()))
