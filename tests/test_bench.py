@@ -153,13 +153,15 @@ def test_the_verdict_of_batches_allows_scatter_and_no_mistake():
 
     theirs = off(1e-5, 1e-5, 1e-5)
     scattered = [(off(4e-5, 4e-5, 1e-3), theirs, truth), (off(5e-6, 5e-6, 2e-6), theirs, truth)]  # √(4 · ½) of theirs
+    alone = [(off(1e-5, 1e-5, 5e-5), theirs, truth)] * 2
+    assert verdict_of_batches(alone, "PEFT").startswith("wrong")
     assert not verdict_of_batches(scattered, "PEFT").startswith("wrong")
     worse = [(off(4e-5, 4e-5, 1e-5), theirs, truth), (off(2e-5, 2e-5, 2e-6), theirs, truth)]
     assert verdict_of_batches(worse, "PEFT").startswith("wrong")
     for mistake in (0.011, math.nan):
         batches = [(off(1e-6, 1e-6, mistake), theirs, truth), (off(0.0, 0.0, 0.0), theirs, truth)]
         assert verdict_of_batches(batches, "PEFT").startswith("wrong")
-        assert "furthest off is c" in verdict_of_batches(batches, "PEFT")
+        assert "furthest off in one batch is c" in verdict_of_batches(batches, "PEFT")
     assert verdict_of_batches([({"a": truth["a"]}, theirs, truth)], "PEFT").startswith("wrong")
 
 

@@ -30,7 +30,7 @@ HOW = """## How it was measured
 
 - **Agreement first.** A step's loss and the gradient of every A and B, ours and PEFT's, are compared with PEFT's in float64:
   in the median over all of them and the geometric mean over five batches ours may be twice as far off as PEFT's float32,
-  and eight roundings; nothing may be off by 1%. (A deep model magnifies roundings, by another factor for each batch and
+  and eight roundings; one of them twice that, and in one batch none 1%. (A deep model magnifies roundings, by another factor for each batch and
   gradient, so that single errors say little.) With dropout, where masks differ, ours is compared
   with our reference in the same way. Operations are compared with float64, NF4 bit for bit, injection by paths and shapes,
   generation by the prompts' logits. What does not agree has no time, and `lora bench` ends with status 1.
