@@ -48,6 +48,8 @@ def shard(model: nn.Module, mesh: Any = None, *, blocks: Sequence[nn.Module] | N
     state_of(model)
     units = list(checkpointable_blocks(model).values()) if blocks is None else list(blocks)
     _check_shardable(model, units)
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        _check_bytes_shard(mesh)
     was_fused = unfuse(model)  # weights laid side by side would be kept alive, whole
     same_start(model)
     for module in (*units, model):
@@ -83,6 +85,23 @@ def _check_shardable(model: nn.Module, units: Sequence[nn.Module]) -> None:
                 f"shard: trainable tensors of {' and '.join(sorted(map(str, dtypes)))} are in one block, expected one "
                 "dtype: FSDP2 sums a block's gradients together. Inject all adapters in one dtype."
             )
+
+
+def _check_bytes_shard(mesh: Any) -> None:
+    """Whether this PyTorch's FSDP2 shards parameters that are no floating numbers: tried, as no version says so."""
+    from torch.distributed.fsdp import fully_shard
+
+    probe = nn.Module()
+    probe.bytes = nn.Parameter(torch.zeros(2, 4, dtype=torch.uint8), requires_grad=False)
+    try:
+        fully_shard(probe, mesh=mesh)
+    except RuntimeError as error:
+        if "floating point" not in str(error):
+            raise
+        raise LoRAError(
+            f"shard: FSDP2 of PyTorch {torch.__version__} cannot shard uint8 parameters, which NF4 weights are ({error}). "
+            "Install torch 2.13, or leave the model whole: DistributedDataParallel, `lora train --sharding none`."
+        ) from error
 
 
 @torch.no_grad()

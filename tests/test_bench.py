@@ -152,7 +152,7 @@ def test_the_verdict_of_batches_allows_scatter_and_no_mistake():
         return {name: truth[name] * (1 + error) for name, error in zip("abc", errors, strict=True)}
 
     theirs = off(1e-5, 1e-5, 1e-5)
-    scattered = [(off(4e-5, 4e-5, 1e-3), theirs, truth), (off(5e-6, 5e-6, 2e-6), theirs, truth)]  # √(4 · ½) of theirs
+    scattered = [(off(4e-5, 4e-5, 5e-4), theirs, truth), (off(5e-6, 5e-6, 2e-6), theirs, truth)]  # √(4 · ½) of theirs
     alone = [(off(1e-5, 1e-5, 5e-5), theirs, truth)] * 2
     assert verdict_of_batches(alone, "PEFT").startswith("wrong")
     assert not verdict_of_batches(scattered, "PEFT").startswith("wrong")
