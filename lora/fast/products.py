@@ -1,8 +1,8 @@
 """Matrix products, by the faster of the libraries that PyTorch brings.
 
 On a CPU `torch.mm` of float32 is MKL's. oneDNN, in the same build, is faster at the shapes of this package: on a
-two-core AMD EPYC with AVX-512 in 70 to 85% of the time at 1,024 tokens (docs/benchmarks/log.md). It returns a new
-tensor and cannot write into a given one, so a product that has a destination says so and is MKL's where it must be.
+two-core AMD EPYC with AVX-512 in 70 to 85% of the time at 1,024 tokens (docs/decisions/0010-onednn.md). It returns a
+new tensor and cannot write into a given one: products that add to something, `addmm_`, stay MKL's.
 `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off, here as everywhere.
 """
 
