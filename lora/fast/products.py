@@ -25,9 +25,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def by_onednn(*operands: Tensor) -> bool:
     """Whether oneDNN multiplies these: float32 on a CPU, nothing empty, and no graph, which chooses for itself."""
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in operands)
+        not torch.compiler.is_compiling()  # first: a graph may not ask whether oneDNN is there
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in operands)
         and onednn_is_there()
-        and not torch.compiler.is_compiling()
     )
 
 
