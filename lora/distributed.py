@@ -99,7 +99,7 @@ def _check_bytes_shard(mesh: Any) -> None:
         if "floating point" not in str(error):
             raise
         raise LoRAError(
-            f"shard: FSDP2 of PyTorch {torch.__version__} cannot shard uint8 parameters, which NF4 weights are ({error}). "
+            f"shard: FSDP2 of PyTorch {torch.__version__} cannot shard uint8 parameters, as NF4 weights are ({error}). "
             "Install torch 2.13, or leave the model whole: DistributedDataParallel, `lora train --sharding none`."
         ) from error
 

@@ -25,7 +25,8 @@ from benchmarks.card.timing import Variant, attempt, measure  # noqa: E402 - ben
 
 CPU = torch.device("cpu")
 OPERATIONS = {
-    "lora_linear p=0", "lora_linear p=0.1", "lora_qkv", "lora_mlp", "swiglu", "rms_norm", "add_rms_norm", "rope",
+    "lora_linear p=0", "lora_linear p=0.1", "lora_qkv", "lora_mlp", "lora_qkv p=0.1", "lora_mlp p=0.1",
+    "swiglu", "rms_norm", "add_rms_norm", "rope",
     "nf4_dequantize", "nf4_quantize", "linear_cross_entropy", "dora_norm", "multi_lora", "forms", "cross_entropy",
 }  # fmt: skip
 

@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--compile", action="store_true", help="steps: time torch.compile of each layer too")
     parser.add_argument("--lengths", nargs="+", type=int, default=(), help="context: whole steps of these, no search")
+    parser.add_argument("--only", default="", help="ops: those with this in their name")
     given = parser.parse_args(arguments)
     if not given.dry_run and not torch.cuda.is_available():
         parser.error("torch finds no GPU: --dry-run runs the same code at tiny shapes on the CPU.")
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     before = recorder.failures
     session = Session(
         device, recorder, TINY if given.dry_run else LLAMA_8B, time.monotonic() + given.seconds, given.dry_run,
-        compile=given.compile, lengths=tuple(given.lengths),
+        compile=given.compile, lengths=tuple(given.lengths), only=given.only,
     )  # fmt: skip
     for name in [part for part in PARTS if part in given.parts]:
         start = time.monotonic()

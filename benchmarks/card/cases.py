@@ -85,6 +85,7 @@ class Session:
     dry: bool
     case_seconds: float = 1.0  # of device time
     compile: bool = False  # time compiled layers too
+    only: str = ""  # ops: those whose name has this in it
     lengths: tuple[int, ...] = ()  # context: whole steps of these lengths, and no search
     bandwidth: float | None = None  # bytes/s and FLOP/s, measured
     rate: float | None = None

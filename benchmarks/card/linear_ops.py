@@ -19,6 +19,7 @@ from lora import Projection, fast, reference
 from lora.fast.dora import dora_norm
 from lora.projection import Dropout
 from lora.reference.dropout import keep_scale
+from lora.reference.mlp import hidden_dropout
 
 BF16 = torch.bfloat16
 SCALING = 2.0
@@ -112,11 +113,12 @@ def torch_drop(p: float) -> Callable[[Tensor], Tensor] | None:
     return functools.partial(F.dropout, p=p, training=True) if p else None
 
 
-def counted_drop(x: Tensor, p: float) -> Callable[[Tensor], Tensor] | None:
-    """Dropout with the mask of seed 5, for the truth."""
+def counted_drop(x: Tensor, p: float, dropout: Dropout | None = None) -> Callable[[Tensor], Tensor] | None:
+    """Dropout with the mask of seed 5, or of `dropout`, for the truth."""
     if not p:
         return None
-    kept = reference.dropout_mask(x.shape, p, 5, device=x.device).double() * keep_scale(p)
+    _, seed, stream = dropout or Dropout(p, 5)
+    kept = reference.dropout_mask(x.shape, p, seed, stream=stream, device=x.device).double() * keep_scale(p)
     return lambda x: x * kept
 
 
@@ -147,8 +149,9 @@ def peft_run(holder: Any, call: Callable[..., Tensor | Results], leaves: list[Te
 # ---- groups
 
 
-def lora_qkv(session: Session, tokens: int) -> Case:
+def lora_qkv(session: Session, tokens: int, p: float = 0.0) -> Case:
     """q, k and v of one x, whose weights lie one after another as in a fused model."""
+    drop, dropout = torch_drop(p), Dropout(p, seed=5) if p else None
     s = session.shapes
     outs = {"q_proj": s.heads * s.head_dim, "k_proj": s.kv_heads * s.head_dim, "v_proj": s.kv_heads * s.head_dim}
     stacked = random_weight(session, sum(outs.values()), s.hidden)
@@ -159,33 +162,41 @@ def lora_qkv(session: Session, tokens: int) -> Case:
     leaves = [x, *(tensor for each in layers.values() for tensor in (each.A, each.B))]
 
     def ours(x: Tensor, *factors: Tensor) -> Results:
-        return fast.lora_qkv(
-            x, *(Projection(W, None, *pair, SCALING) for W, pair in zip(parts, pairs(factors), strict=True))
-        )
+        projections = (Projection(W, None, *pair, SCALING) for W, pair in zip(parts, pairs(factors), strict=True))
+        return fast.lora_qkv(x, *projections, dropout=dropout)
 
-    def formula(x: Tensor, *factors: Tensor) -> Results:
+    def formula(x: Tensor, *factors: Tensor, drop: Callable[[Tensor], Tensor] | None = drop) -> Results:
         return tuple(
-            lora_formula(x, *pair, W.to(x.dtype), SCALING) for W, pair in zip(parts, pairs(factors), strict=True)
+            lora_formula(x, *pair, W.to(x.dtype), SCALING, drop) for W, pair in zip(parts, pairs(factors), strict=True)
         )
 
     dy = torch.cat(douts, dim=1)
     variants = {
         "frozen": Variant(lambda: both_ways(F.linear, [x], [stacked], [dy]), compare=False),
         "ours": Variant(lambda: both_ways(ours, leaves, (), douts)),
-        "torch": Variant(lambda: both_ways(formula, leaves, (), douts)),
+        "torch": Variant(lambda: both_ways(formula, leaves, (), douts), compare=not p, note=DRAWN if p else ""),
     }
     call = lambda holder, x: tuple(getattr(holder, name)(x) for name in outs)  # noqa: E731
-    absent = add_peft(variants, layers, x, 0.0, call, douts)
-    truth = lambda: both_ways(formula, widened(leaves), (), [each.double() for each in douts])  # noqa: E731
+    absent = add_peft(variants, layers, x, p, call, douts)
+    masked = functools.partial(formula, drop=counted_drop(x, p))
+    truth = lambda: both_ways(masked, widened(leaves), (), [each.double() for each in douts])  # noqa: E731
     total = sum(outs.values())
     flops = 4 * tokens * s.hidden * total + adapter_flops(tokens, s.r, [(s.hidden, out) for out in outs.values()])
     moved = 2 * (3 * tokens * s.hidden + 2 * tokens * total + 2 * s.hidden * total)
     names = ("q", "k", "v", "dx", "dA q", "dB q", "dA k", "dB k", "dA v", "dB v")
-    return Case("lora_qkv", tokens, f"{s.hidden} -> {total}", variants, truth, names, moved, flops, absent=absent)
+    return Case(
+        f"lora_qkv{named(p)}", tokens, f"{s.hidden} -> {total}", variants, truth, names, moved, flops, absent=absent
+    )
 
 
-def lora_mlp(session: Session, tokens: int) -> Case:
+def named(p: float) -> str:
+    """What dropout adds to a name."""
+    return f" p={p:g}" if p else ""
+
+
+def lora_mlp(session: Session, tokens: int, p: float = 0.0) -> Case:
     """down(silu(gate x) ⊙ up x), all three adapted."""
+    drop, dropout = torch_drop(p), Dropout(p, seed=5) if p else None
     s = session.shapes
     stacked = random_weight(session, 2 * s.ffn, s.hidden)
     weights = dict(zip(("gate_proj", "up_proj"), stacked.chunk(2), strict=True))
@@ -197,13 +208,17 @@ def lora_mlp(session: Session, tokens: int) -> Case:
 
     def ours(x: Tensor, *factors: Tensor) -> Tensor:
         projections = (Projection(W, None, *pair, SCALING) for W, pair in zip(Ws, pairs(factors), strict=True))
-        return fast.lora_mlp(x, *projections, activation="silu")
+        return fast.lora_mlp(x, *projections, activation="silu", dropout=dropout)
 
-    def formula(x: Tensor, *factors: Tensor) -> Tensor:
+    def formula(
+        x: Tensor, *factors: Tensor, drops: Sequence[Callable[[Tensor], Tensor] | None] = (drop, drop)
+    ) -> Tensor:
         W = [each.to(x.dtype) for each in Ws]
         gate, up, down = pairs(factors)
-        h = swiglu_formula(lora_formula(x, *gate, W[0], SCALING), lora_formula(x, *up, W[1], SCALING))
-        return lora_formula(h, *down, W[2], SCALING)
+        h = swiglu_formula(
+            lora_formula(x, *gate, W[0], SCALING, drops[0]), lora_formula(x, *up, W[1], SCALING, drops[0])
+        )
+        return lora_formula(h, *down, W[2], SCALING, drops[1])
 
     def frozen(x: Tensor) -> Tensor:
         return F.linear(swiglu_formula(F.linear(x, Ws[0]), F.linear(x, Ws[1])), Ws[2])
@@ -211,18 +226,21 @@ def lora_mlp(session: Session, tokens: int) -> Case:
     variants = {
         "frozen": Variant(lambda: both_ways(frozen, [x], (), [dy]), compare=False),
         "ours": Variant(lambda: both_ways(ours, leaves, (), [dy])),
-        "torch": Variant(lambda: both_ways(formula, leaves, (), [dy])),
+        "torch": Variant(lambda: both_ways(formula, leaves, (), [dy]), compare=not p, note=DRAWN if p else ""),
     }
-    absent = add_peft(variants, layers, x, 0.0, peft_mlp(swiglu_formula), [dy])
-    add_peft_with_liger(session, variants, absent, layers, x, dy)
-    truth = lambda: both_ways(formula, widened(leaves), (), [dy.double()])  # noqa: E731
+    absent = add_peft(variants, layers, x, p, peft_mlp(swiglu_formula), [dy])
+    if not p:
+        add_peft_with_liger(session, variants, absent, layers, x, dy)
+    hidden = torch.empty(tokens, s.ffn, device=x.device)
+    masked = functools.partial(formula, drops=(counted_drop(x, p), counted_drop(hidden, p, hidden_dropout(dropout))))
+    truth = lambda: both_ways(masked, widened(leaves), (), [dy.double()])  # noqa: E731
     sizes = [(s.hidden, s.ffn), (s.hidden, s.ffn), (s.ffn, s.hidden)]
     flops = 12 * tokens * s.hidden * s.ffn + adapter_flops(tokens, s.r, sizes)
     # x twice, dx, y, dy; g, z, h written and read, g, z read again, dh, dg, dz written and read; every W twice
     moved = 2 * (5 * tokens * s.hidden + 14 * tokens * s.ffn + 6 * s.hidden * s.ffn)
     names = ("y", "dx", *(f"{kind} {name.removesuffix('_proj')}" for name in weights for kind in ("dA", "dB")))
     shape = f"{s.hidden} -> {s.ffn} -> {s.hidden}"
-    return Case("lora_mlp", tokens, shape, variants, truth, names, moved, flops, absent=absent)
+    return Case(f"lora_mlp{named(p)}", tokens, shape, variants, truth, names, moved, flops, absent=absent)
 
 
 def peft_mlp(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:

@@ -20,7 +20,8 @@ def run(session: Session) -> None:
     session.read_ceilings()
     if session.bandwidth is None:
         print("no ceilings measured into this directory: figures will have no floors (run the part 'ceilings')")
-    run_jobs(session, "ops", jobs(session, session.shapes.tokens), timed=True)
+    chosen = [job for job in jobs(session, session.shapes.tokens) if session.only in job[0]]
+    run_jobs(session, "ops", chosen, timed=True)
     for name in ("unsloth", "lorafusion"):
         found = peer(name)
         reason = found if isinstance(found, str) else "is there, but nothing here calls it"
@@ -53,6 +54,8 @@ def jobs(session: Session, tokens: tuple[int, ...]) -> list[Job]:
             for p in (0.1,) if count == most else (0.0, 0.1):
                 name = f"lora_linear p={p:g} {fan_in} -> {fan_out}, {count} tokens"
                 add(name, linear_ops.lora_linear, count, fan_in, fan_out, p)
+    for name in ("lora_qkv", "lora_mlp"):
+        add(f"{name} p=0.1, {most} tokens", getattr(linear_ops, name), most, 0.1)
     for fan_in, fan_out in shapes:
         add(f"forms {fan_in} -> {fan_out}", linear_ops.forms, most, fan_in, fan_out)
     add("nf4_quantize", other_ops.nf4_quantize)
