@@ -37,7 +37,8 @@ HOW = """## How it was measured
 - **Time**: everything in a row of the table runs in turn, round after round, twice before the clock starts; medians.
 - **Memory**: a process of its own each; the largest running sum of what PyTorch's allocator handed out over two training
   steps, and what the parameters weigh more than the loaded model's. Notes in the CSV have the growth of resident memory.
-- **floor**: the products of the same shapes alone, in buffers that are there already, in the same rounds; for decoding a
+- **floor**: the products of the same shapes alone, by `torch.mm`, in buffers that are there already, in the same rounds (the
+  fast backend's wide products are oneDNN's and can take less: [decision 10](../decisions/0010-onednn.md)); for decoding a
   fill of the result; for injection the drawing of A; for memory, bytes from shapes. The CSV has bytes and FLOPs.
 - **transformers, no adapters**: forward, loss and the backward to the embeddings of the plain model: nothing is trained.
 
