@@ -33,7 +33,9 @@ from lora.reference import modes as reference_modes
 from lora.reference.checkpoint import generator_states, generators_at, is_attention
 from lora.reference.modes import checkpointable_blocks, hooked_modules
 
-PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # which argument is the left factor
+PRODUCTS = {  # which argument is the left factor
+    "aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1, "mkldnn::_linear_pointwise": 0,
+}  # fmt: skip
 Sizes = dict[int, int]  # bytes of pieces of memory, each known by a number of its own
 
 

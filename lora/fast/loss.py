@@ -24,6 +24,7 @@ from lora.fast.dropout import KeepRows, dropout_mask
 from lora.fast.linear import backward_group, forward_group
 from lora.fast.operands import as_autocast, as_rows, factors_of
 from lora.fast.parts import Part, flat_part, packed, unpacked
+from lora.fast.products import by_onednn
 from lora.fast.runtime import FusedFunction, kind_of, rehearsing, runs_triton
 from lora.projection import Dropout, Projection
 from lora.reference.dropout import keep_scale
@@ -191,15 +192,18 @@ def run_chunks(
     totals: list[Tensor | None] = [None] * 5
     step = chunk_rows(part.out_features * rows.itemsize, kind_of(rows))
     factors = factors_of([part], rows.dtype)
-    space = rows.new_empty(min(step, len(rows)), part.out_features)  # every chunk's logits, then their gradients
+    # every chunk's logits, then their gradients; oneDNN makes each chunk's anew
+    space = None if by_onednn(rows) else rows.new_empty(min(step, len(rows)), part.out_features)
     for start in range(0, len(rows), step):
         chunk = slice(start, start + step)
         x = rows[chunk]
         kept_chunk = None if mask is None else mask._replace(keep=mask.keep[chunk])
-        (logits,), kept = forward_group(x, [part], kept_chunk, [needs[5]], out=space[: len(x)], factors=factors)
+        out = None if space is None else space[: len(x)]
+        (logits,), kept = forward_group(x, [part], kept_chunk, [needs[5]], out=out, factors=factors)
         scale = weight[chunk] if isinstance(weight, Tensor) else weight
         losses[chunk] = row_losses_(logits, labels[chunk], settings, scale, wants)
         if not wants:
+            del logits  # before the next chunk's are made
             continue
         dx_chunk, (gradients,) = backward_group([logits], x, [part], kept, kept_chunk, needs[0], [needs[1:]])
         if dx is not None and dx_chunk is not None:
@@ -207,6 +211,7 @@ def run_chunks(
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 totals[i] = gradient if totals[i] is None else totals[i].add_(gradient)  # type: ignore[union-attr]
+        del logits, kept, dx_chunk, gradients
     return Results(losses, dx, totals)
 
 

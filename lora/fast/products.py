@@ -13,20 +13,25 @@ import functools
 import torch
 from torch import Tensor
 
+from lora.fast.runtime import kind_of
+
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left · right, [m, k] by [k, n], a new tensor."""
     dense = right.is_contiguous() or right.T.is_contiguous()  # of any other oneDNN's product takes fifty times as long
-    if dense and by_onednn(left, right):
+    if dense and by_onednn(left, right) and not left.is_meta:
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")  # type: ignore[no-any-return]
     return torch.mm(left, right)
 
 
 def by_onednn(*operands: Tensor) -> bool:
-    """Whether oneDNN multiplies these: float32 on a CPU, nothing empty, and no graph, which chooses for itself."""
+    """Whether oneDNN multiplies these: float32 on a CPU, nothing empty, and no graph, which chooses for itself.
+
+    Tensors of a dry run count as what they stand for.
+    """
     return (
         not torch.compiler.is_compiling()  # first: a graph may not ask whether oneDNN is there
-        and all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in operands)
+        and all(x.dtype == torch.float32 and kind_of(x) == "cpu" and x.numel() for x in operands)
         and onednn_is_there()
     )
 
