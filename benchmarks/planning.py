@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import gc
 import json
 import os
 import platform
@@ -116,6 +117,7 @@ def allocated(run: Callable[[], object]) -> tuple[int, int]:
 
 def measured_peak(model: Any, batch: int, seq: int, steps: int = 2) -> int:
     """Bytes of tensors at the largest moment of training the injected model: what a forecast's `peak` predicts."""
+    gc.collect()  # what others left behind would be freed meanwhile, and count as less
     resting = resting_bytes(model)
 
     def run() -> None:
