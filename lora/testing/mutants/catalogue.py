@@ -46,7 +46,7 @@ CHECKPOINT = Proofs(  # bits by the proofs, memory and what is run again by the 
 PROOFS = {
     "linear": plain("linear", "linear", "qkv"),
     "operands": plain("linear", "qkv", "linear", "mlp", "operands"),
-    "products": plain("linear", "linear", "qkv", "products"),
+    "products": Proofs("linear", ("tests/test_products.py", PROOF.format("qkv")), (False,)),
     "parts": plain("linear", "linear", "qkv", "mlp"),
     "qkv": plain("qkv"),
     "mlp": plain("mlp"),
