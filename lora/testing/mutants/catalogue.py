@@ -104,6 +104,7 @@ NOT_TRIED = {  # functions, and why the generator leaves them alone
     r"checkpoint:(HostInputs\..*|side_stream|pinned_like|_say_pageable|FastRun\.inputs_of)": "runs on a GPU only",
     r"loss:in_one_step": "the second half runs in a compiled graph only",
     r"parts:(flat_.*|part_of|term_of)": "operands of operators: in a compiled graph, or as kernels get them",
+    r"products:_has_linear": "which builds of PyTorch have oneDNN: every one here has",
     r"operands:as_autocast": "autocast, which tests/test_fast_models.py proves",
 }  # fmt: skip
 TRIED = [name for name in PROOFS if name != "qkv"]  # qkv is one call
