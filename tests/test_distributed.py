@@ -199,3 +199,28 @@ def test_a_launcher_that_wants_another_way_is_refused(name: str, monkeypatch: py
 def test_a_plan_is_for_a_whole_model() -> None:
     with pytest.raises(LoRAError, match="a plan is measured on a whole model"):
         TrainConfig(model="m", data="d", checkpointing="auto", memory_budget="1GiB", sharding="full")
+
+
+# ---- an FSDP2 that takes no bytes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "match"),
+    [
+        ("only Tensors of floating point dtype can require gradients", LoRAError, r"cannot shard uint8 .* --sharding none"),
+        ("the machine is on fire", RuntimeError, "^the machine is on fire$"),
+    ],
+)  # fmt: skip
+def test_an_fsdp2_that_takes_no_bytes_is_named(monkeypatch, said, expected, match) -> None:
+    """As that of torch 2.11 fails; any other failure is not taken for it."""
+    import torch.distributed.fsdp as fsdp
+
+    from lora.distributed import _check_bytes_shard
+
+    def refuses(module: Any, **_: Any) -> None:
+        assert [p.dtype for p in module.parameters()] == [torch.uint8]
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(fsdp, "fully_shard", refuses)
+    with pytest.raises(expected, match=match):
+        _check_bytes_shard(None)

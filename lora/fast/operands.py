@@ -49,9 +49,7 @@ def multiplied(rows: Tensor, parts: Sequence[Part], out: Tensor | None = None) -
     together = stacked_weight(parts, rows.dtype)
     if together is not None and by_onednn(rows, together):
         return columns_of(product(rows, together.T), sizes)
-    if (
-        together is None and by_onednn(rows) and not rows.is_meta
-    ):  # a dry run's stand for ones that lie together
+    if together is None and by_onednn(rows) and not rows.is_meta:  # a dry run's stand for ones that lie together
         return [product(rows, dense_of(part, rows.dtype).T) for part in parts]
     h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
     if together is not None:

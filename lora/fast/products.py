@@ -1,7 +1,7 @@
 """Matrix products, by the faster of the libraries that PyTorch brings.
 
 On a CPU `torch.mm` of float32 is MKL's. oneDNN, in the same build, is faster at the shapes of this package: on a
-two-core AMD EPYC with AVX-512 in 70 to 85% of the time at 1,024 tokens (docs/decisions/0010-onednn.md). It returns a
+two-core AMD EPYC with AVX-512 in 71 to 94% of the time (docs/decisions/0010-onednn.md). It returns a
 new tensor and cannot write into a given one: products that add to something, `addmm_`, stay MKL's.
 `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off, here as everywhere.
 """
@@ -18,7 +18,7 @@ from lora.fast.runtime import kind_of
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left · right, [m, k] by [k, n], a new tensor."""
-    dense = right.is_contiguous() or right.T.is_contiguous()  # of any other oneDNN's product takes fifty times as long
+    dense = right.is_contiguous() or right.T.is_contiguous()  # any other takes oneDNN hundreds of times as long
     if dense and by_onednn(left, right) and not left.is_meta:
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")  # type: ignore[no-any-return]
     return torch.mm(left, right)
