@@ -321,7 +321,8 @@ def linear_cross_entropy(
     part, dropout = part_of(tensors, sizes, dtype, scaling), Dropout(p, seed, stream) if p else None
     losses, dx, gradients = loss_and_gradients(hidden, part, labels, num_items, dlosses, settings, dropout, needs)
     each = [hidden.new_empty(0) if g is None else g for g in gradients]
-    each[2:4] = [g.clone() for g in each[2:4]]  # dA and dB come in one buffer
+    # dA and dB come in one buffer, and dB may be a transposed view; an operator's results are what its fake form says
+    each[2:4] = [g.clone(memory_format=torch.contiguous_format) for g in each[2:4]]
     return losses, hidden.new_empty(0) if dx is None else dx, *each  # type: ignore[return-value]
 
 
