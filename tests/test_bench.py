@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks.card.rows import Recorder, Row, read_rows  # noqa: E402 - benchm
 from benchmarks.card.timing import Variant  # noqa: E402 - benchmarks/ is not installed
 from benchmarks.cpu import __main__ as bench  # noqa: E402 - benchmarks/ is not installed
 from benchmarks.cpu import floors, goals, growth, linear, memory, models, nf4, step  # noqa: E402 - benchmarks/ is not installed
+from benchmarks.cpu.apart import processes  # noqa: E402 - benchmarks/ is not installed
 from benchmarks.cpu.session import Session, Trial, run_trial, verdict, verdict_of_batches  # noqa: E402 - benchmarks/ is not installed
 
 TRIALS = {
@@ -124,10 +126,45 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch, wrong)
 
     monkeypatch.setattr(models, "ours_factors", broken)
     here = session(tmp_path)
-    run_trial(here, step.trial(here, step.KINDS[0]))
+    with processes() as apart:
+        run_trial(here, step.trial(here, step.KINDS[0], apart))
     note = next(row.note for row in here.recorder.rows if row.variant == "ours")
     assert note.startswith("wrong: ") and "layers.0.self_attn.q_proj.lora_A" in note
     assert not [row for row in here.recorder.rows if row.median_s] and here.recorder.failures == 1
+
+
+def notes_its_process(path: Path) -> Variant:
+    def run() -> tuple[()]:
+        with open(path, "a", encoding="utf-8") as file:
+            print(os.getpid(), file=file)
+        return ()
+
+    return Variant(run, note=str(os.getpid()))
+
+
+def breaks(where: str) -> Variant:
+    if where == "built":
+        raise ValueError("no model")
+    return Variant(lambda: [][0])
+
+
+def test_a_variant_apart_runs_in_a_process_of_its_own_that_ends_with_the_block(tmp_path):
+    with processes() as apart:
+        first, second = (apart(notes_its_process, tmp_path / "pids") for _ in range(2))
+        assert len({first.note, second.note, str(os.getpid())}) == 3
+        first.run(), second.run(), first.run()
+        os.kill(int(first.note), 0)  # it is there
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first.note), 0)
+    assert (tmp_path / "pids").read_text(encoding="utf-8").split() == [first.note, second.note, first.note]
+
+
+def test_what_breaks_apart_is_raised_here():
+    with processes() as apart:
+        with pytest.raises(ValueError, match="no model"):
+            apart(breaks, "built")
+        with pytest.raises(IndexError):
+            apart(breaks, "run").run()
 
 
 def test_a_gate_that_breaks_shuts(tmp_path):

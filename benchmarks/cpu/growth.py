@@ -30,7 +30,7 @@ def run(session: Session) -> None:
     layers = None if session.dry else LAYERS
     length, tokens, adapters = (TINY_LENGTH, TINY_TOKENS, TINY_ADAPTERS) if session.dry else (LENGTH, TOKENS, ADAPTERS)
     plain = models.base(session.dry, layers)
-    outcome = step.peft_gate(models.ours(models.base(session.dry, layers)), models.theirs(plain))()
+    outcome = step.peft_gate(models.ours(models.base(session.dry, layers)), models.theirs(plain))
     session.recorder.add(Row("growth", TOKENS_NAME, "gate", note=outcome))
     if not outcome.startswith(WRONG):
         by_tokens(session, tokens, length, layers)

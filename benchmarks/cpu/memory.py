@@ -80,7 +80,7 @@ def gate(dry: bool, checkpointing: str) -> str:
     """The loss and gradients under this mode are PEFT's."""
     plain = models.base(dry)
     mine, other = models.ours(models.base(dry), 0.0, checkpointing), models.theirs(plain)
-    return step.peft_gate(mine, other)()
+    return step.peft_gate(mine, other)
 
 
 def record(session: Session, part: str, name: str, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Training steps: forward, loss, backward and AdamW, without a trainer, beside PEFT's.
+"""Training steps: forward, loss, backward and AdamW, without a trainer, beside PEFT's, each in a process of its own.
 
 The gate compares the first loss and the gradient of every A and B. With dropout there is no comparing with PEFT, whose
 masks are other ones: ours is held against our reference, whose masks are the same.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import lora
 from benchmarks.card.peers import peer, rms_norm_formula
 from benchmarks.card.timing import Variant
 from benchmarks.cpu import floors, models
+from benchmarks.cpu.apart import Apart, processes
 from benchmarks.cpu.session import Results, Session, Trial, run_trial, verdict_of_batches
 
 IGNORED = -100
@@ -45,30 +46,48 @@ COMPARED = (5, 2, 32)  # batches, sequences and tokens of the gate
 def run(session: Session) -> None:
     """Every kind."""
     for kind in KINDS:
-        run_trial(session, trial(session, kind))
+        with processes() as apart:
+            run_trial(session, trial(session, kind, apart))
 
 
-def trial(session: Session, kind: Kind) -> Trial:
-    """One kind of step, in every way that there is."""
+def trial(session: Session, kind: Kind, apart: Apart) -> Trial:
+    """One kind of step, in every way that there is, each in a process of its own."""
     sequences, length = TINY_SIZE if session.dry else SIZE
-    plain = models.base(session.dry)
-    ids = models.token_ids(plain, sequences, length)
-    labels = with_ignored(ids, kind.labelled)
-    floor = floors.step_floor(plain, sequences, length, kind.labelled)
-    quantised, base = models.quantised_pair(session.dry) if kind.nf4 else (models.base(session.dry), plain)
-    mine, other = models.ours(quantised, kind.p), models.theirs(base, kind.p)
-    variants = {"ours": stepper(mine, ids, labels), "peft": stepper(other, ids, labels)}
+    floor = floors.step_floor(models.base(session.dry), sequences, length, kind.labelled)
+    variants = {"ours": apart(our_step, session.dry, kind), "peft": apart(peft_step, session.dry, kind)}
     if kind.nf4:
-        variants["ours, float32 base"] = stepper(models.ours(models.base(session.dry)), ids, labels)
+        variants["ours, float32 base"] = apart(our_step, session.dry, replace(kind, nf4=False))
     elif kind == KINDS[0]:
-        variants["transformers, no adapters"] = frozen_step(models.base(session.dry), ids, labels)
-    variants["floor"] = Variant(floor.run, note="products alone")
-    gate = dropout_gate(session, mine, kind) if kind.p else peft_gate(mine, other, kind.labelled)
+        variants["transformers, no adapters"] = apart(frozen_step, session.dry, kind)
+    variants["floor"] = apart(products_alone, session.dry, kind)
     absent = {name: why_absent(module) for name, module in GPU_PEERS.items()} if kind == KINDS[0] else {}
     shape = f"{sequences} x {length}"
-    return Trial(
-        "step", kind.name, variants, gate, sequences * length, shape, floor.bytes, floor.flops, absent
-    )  # fmt: skip
+    gate = partial(dropout_gate if kind.p else peft_gate_of, session.dry, kind)
+    return Trial("step", kind.name, variants, gate, sequences * length, shape, floor.bytes, floor.flops, absent)
+
+
+def our_step(dry: bool, kind: Kind) -> Variant:
+    """Ours, on a base of its own."""
+    base = models.quantised_pair(dry)[0] if kind.nf4 else models.base(dry)
+    return stepper(models.ours(base, kind.p), *batch(dry, kind, base))
+
+
+def peft_step(dry: bool, kind: Kind) -> Variant:
+    """PEFT's; on the numbers that NF4 decodes to, in float32, where ours is on NF4."""
+    base = models.quantised_pair(dry)[1] if kind.nf4 else models.base(dry)
+    return stepper(models.theirs(base, kind.p), *batch(dry, kind, base))
+
+
+def products_alone(dry: bool, kind: Kind) -> Variant:
+    """The floor."""
+    sequences, length = TINY_SIZE if dry else SIZE
+    return Variant(floors.step_floor(models.base(dry), sequences, length, kind.labelled).run, note="products alone")
+
+
+def batch(dry: bool, kind: Kind, model: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and labels."""
+    ids = models.token_ids(model, *(TINY_SIZE if dry else SIZE))
+    return ids, with_ignored(ids, kind.labelled)
 
 
 def why_absent(module: str) -> str:
@@ -98,9 +117,10 @@ def stepper(model: Any, ids: Tensor, labels: Tensor) -> Variant:
     return Variant(step)
 
 
-def frozen_step(model: Any, ids: Tensor, labels: Tensor) -> Variant:
+def frozen_step(dry: bool, kind: Kind) -> Variant:
     """The plain model's forward, loss and backward to its embeddings: no adapters and no optimizer."""
-    model.train()
+    model = models.base(dry).train()
+    ids, labels = batch(dry, kind, model)
 
     def step() -> tuple[Tensor]:
         x = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -142,27 +162,25 @@ def of_batches(model: Any, factors: Callable[[Any], dict[str, Tensor]], labelled
     return found
 
 
-def peft_gate(mine: Any, other: Any, labelled: float = 1.0) -> Callable[[], str]:
+def peft_gate_of(dry: bool, kind: Kind) -> str:
     """Ours and PEFT's, both against PEFT's in float64."""
-
-    def gate() -> str:
-        found = of_batches(mine, models.ours_factors, labelled)
-        theirs = of_batches(other, models.peft_factors, labelled)
-        truth = of_batches(in_float64(copy.deepcopy(other)), models.peft_factors, labelled)
-        return verdict_of_batches(list(zip(found, theirs, truth, strict=True)), "PEFT")
-
-    return gate
+    quantised, plain = models.quantised_pair(dry) if kind.nf4 else (models.base(dry), models.base(dry))
+    return peft_gate(models.ours(quantised), models.theirs(plain), kind.labelled)
 
 
-def dropout_gate(session: Session, mine: Any, kind: Kind) -> Callable[[], str]:
+def peft_gate(mine: Any, other: Any, labelled: float = 1.0) -> str:
+    """The verdict on two models."""
+    found = of_batches(mine, models.ours_factors, labelled)
+    theirs = of_batches(other, models.peft_factors, labelled)
+    truth = of_batches(in_float64(copy.deepcopy(other)), models.peft_factors, labelled)
+    return verdict_of_batches(list(zip(found, theirs, truth, strict=True)), "PEFT")
+
+
+def dropout_gate(dry: bool, kind: Kind) -> str:
     """Ours and our reference, both against the reference in float64, with the same masks."""
-
-    def gate() -> str:
-        found = of_batches(mine, models.ours_factors, kind.labelled)
-        with lora.use_backend("reference"):
-            model = models.ours(models.base(session.dry), kind.p)
-            theirs = of_batches(model, models.ours_factors, kind.labelled)
-            truth = of_batches(in_float64(model), models.ours_factors, kind.labelled)
-        return verdict_of_batches(list(zip(found, theirs, truth, strict=True)), "the reference")
-
-    return gate
+    found = of_batches(models.ours(models.base(dry), kind.p), models.ours_factors, kind.labelled)
+    with lora.use_backend("reference"):
+        model = models.ours(models.base(dry), kind.p)
+        theirs = of_batches(model, models.ours_factors, kind.labelled)
+        truth = of_batches(in_float64(model), models.ours_factors, kind.labelled)
+    return verdict_of_batches(list(zip(found, theirs, truth, strict=True)), "the reference")
