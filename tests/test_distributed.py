@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from several.cases import LABELS, MAX_NORM, every_case
-from several.runs import STEPS
+from several.runs import STEPS, Runs
 
 from lora.errors import LoRAError
 from lora.train.config import TrainConfig
@@ -139,6 +141,51 @@ def one_says(ends: list[Any], code: int, message: str) -> None:
     said = [line for _, text in ends for line in text.splitlines() if line.startswith("lora: ")]
     assert len(said) == 1 and re.search(message, said[0]), ends
     assert not any("Traceback" in text or "frame #" in text for _, text in ends), ends
+
+
+# ---- on two GPUs ----------------------------------------------------------------------------------------------
+
+ON_GPUS = "--dtype float32 --no-chat-template"
+TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 -m -- lora"
+GPUS = torch.cuda.device_count()
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and this machine has {GPUS}")
+def test_whole_runs_over_nccl_are_the_run_of_one_gpu(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+
+    def train(launcher: str, name: str, accumulation: int, *more: str) -> subprocess.Popen[str]:
+        words = [*launcher.split(), "train", *runs.words(name, accumulation, *ON_GPUS.split(), *more)]
+        environment = os.environ | {"PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment)
+
+    def done(process: subprocess.Popen[str]) -> None:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+
+    def trained(*arguments: Any) -> None:
+        done(train(*arguments))
+        print(arguments)  # long work shows progress
+
+    one, nf4 = "-m lora", ("--quantization", "nf4")
+    trained(one, "one", 4)
+    trained(one, "one nf4", 4, *nf4)
+    trained(TORCHRUN, "two", 2)
+    trained(TORCHRUN, "two nf4", 2, *nf4)
+    trained(TORCHRUN, "two sharded", 2, "--sharding", "full", "--checkpointing", "recompute")
+    stopped = train(TORCHRUN, "stopped", 2)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while stopped.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.001)
+    stopped.terminate()
+    stopped.communicate(timeout=300)
+    assert not (tmp_path / "stopped" / "result.json").exists(), "it was over before it was stopped"
+    for name, launcher, accumulation in (("stopped, then two", TORCHRUN, 2), ("stopped, then one", one, 4)):
+        shutil.copytree(tmp_path / "stopped", tmp_path / name)
+        trained(launcher, name, accumulation, "--resume")
+    for name in ("two", "two nf4", "two sharded", "stopped, then two", "stopped, then one"):
+        straight = "one nf4" if name.endswith("nf4") else "one"
+        same_run(tmp_path / name, tmp_path / straight, [[0, ""]])
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------
