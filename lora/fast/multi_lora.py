@@ -1,14 +1,14 @@
 """Many adapters in one batch, grouped: equations and signature as in `lora.reference.multi_lora`.
 
 The tokens are put in the order of their adapters, once a batch however many layers it goes through. Kernels then serve
-all adapters in one launch (`lora.fast.kernels.multi_lora`); without them each adapter that is there takes two thin
-products, and none the others.
+all adapters in one launch (`lora.fast.kernels.multi_lora`); without them adapters that have as many tokens each go
+through one batched product, others through products of their own.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,13 +115,13 @@ def backward_tokens(
 def groups_for(x: Tensor, lora_A: Tensor, index: Tensor) -> Any:
     """Which tokens are whose, for the implementation that serves x."""
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return groups_of(KernelGroups if runs_triton(x) else SlicedGroups, index, len(lora_A), tokens)
+    return groups_of(KernelGroups if runs_triton(x) else plain_groups, index, len(lora_A), tokens)
 
 
-_latest: dict[type, tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}
+_latest: dict[Callable[..., Any], tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}
 
 
-def groups_of(kind: type, index: Tensor, adapters: int, tokens: int) -> Any:
+def groups_of(kind: Callable[..., Any], index: Tensor, adapters: int, tokens: int) -> Any:
     """The groups of an index: those of the layer before where it is the same tensor, unchanged."""
     if index.is_inference():  # these do not count their changes
         return kind(index, adapters, tokens)
@@ -159,15 +159,8 @@ class KernelGroups:
 class SlicedGroups:
     """Each adapter's tokens are a slice of `order`, and go through products of their own."""
 
-    def __init__(self, index: Tensor, adapters: int, tokens: int) -> None:
-        of_token = index.repeat_interleave(tokens // len(index)) if len(index) else index
-        self.order = torch.argsort(of_token, stable=True)  # [tokens]
-        self.adapters, self.mine = adapters, {}
-        start = 0
-        for number, count in enumerate(torch.bincount(of_token + 1, minlength=adapters + 1).tolist()):
-            if number and count:
-                self.mine[number - 1] = self.order[start : start + count]
-            start += count
+    def __init__(self, mine: dict[int, Tensor], adapters: int, tokens: int) -> None:
+        self.adapters, self.mine = adapters, mine
 
     def shrink(self, rows: Tensor, factors: Tensor, scaling: Tensor) -> Tensor:
         """As `KernelGroups.shrink`."""
@@ -187,3 +180,59 @@ class SlicedGroups:
         for j, mine in self.mine.items():
             torch.mm(left.index_select(0, mine).T, right.index_select(0, mine), out=total[j])
         return total
+
+
+class EqualGroups:
+    """Adapters with as many tokens each, as when each row of a batch has its own: one batched product for all."""
+
+    def __init__(self, mine: dict[int, Tensor], adapters: int, tokens: int) -> None:
+        order = torch.cat([*mine.values()])
+        in_order = torch.equal(order, torch.arange(tokens, device=order.device))
+        self.adapters, self.count = adapters, len(mine)
+        self.order = None if in_order else order  # None where nothing has to be copied
+        self.present = None if len(mine) == adapters else torch.tensor([*mine], device=order.device)
+
+    def shrink(self, rows: Tensor, factors: Tensor, scaling: Tensor) -> Tensor:
+        """As `KernelGroups.shrink`."""
+        x, F = self.by_adapter(rows), self.of_present(factors)  # [adapters, tokens, in], [adapters, r, in]
+        su = torch.bmm(x, F.transpose(1, 2)).mul_(self.of_present(scaling).view(-1, 1, 1)).flatten(0, 1)
+        return su if self.order is None else su.new_zeros(len(rows), su.shape[1]).index_copy_(0, self.order, su)
+
+    def expand_(self, h: Tensor, u: Tensor, factors: Tensor) -> None:
+        """As `KernelGroups.expand_`."""
+        F = self.of_present(factors).transpose(1, 2)  # [adapters, r, out]
+        if self.order is None:
+            self.by_adapter(h).baddbmm_(self.by_adapter(u), F)
+        else:
+            h.index_add_(0, self.order, torch.bmm(self.by_adapter(u), F).flatten(0, 1))
+
+    def sums(self, left: Tensor, right: Tensor) -> Tensor:
+        """As `KernelGroups.sums`, in the type of `left`."""
+        found = torch.bmm(self.by_adapter(left).transpose(1, 2), self.by_adapter(right))
+        if self.present is None:
+            return found
+        return found.new_zeros(self.adapters, *found.shape[1:]).index_copy_(0, self.present, found)
+
+    def by_adapter(self, rows: Tensor) -> Tensor:
+        """[tokens, features] as [adapters that are there, tokens of each, features]."""
+        sorted_rows = rows if self.order is None else rows.index_select(0, self.order)
+        return sorted_rows.view(self.count, -1, rows.shape[1])
+
+    def of_present(self, each: Tensor) -> Tensor:
+        """What the adapters that are there have, of what all have."""
+        return each if self.present is None else each.index_select(0, self.present)
+
+
+def plain_groups(index: Tensor, adapters: int, tokens: int) -> SlicedGroups | EqualGroups:
+    """The groups, for plain torch."""
+    mine = slices_of(index, tokens)
+    equal = len({len(tokens_of_one) for tokens_of_one in mine.values()}) == 1
+    return (EqualGroups if equal else SlicedGroups)(mine, adapters, tokens)
+
+
+def slices_of(index: Tensor, tokens: int) -> dict[int, Tensor]:
+    """The tokens of each adapter that has any; -1, the base alone, is none."""
+    of_token = index.repeat_interleave(tokens // len(index)) if len(index) else index
+    order, counts = torch.argsort(of_token, stable=True), torch.bincount(of_token + 1).tolist()
+    pieces = enumerate(order.split(counts), start=-1)
+    return {adapter: piece for adapter, piece in pieces if adapter >= 0 and len(piece)}
