@@ -49,9 +49,9 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # $$\mathrm E \sum_{k=1}^K s_k^2 \;\approx\; \frac K6\, q + \frac K3\, y^2 .$$
 #
-# The second part is what the partial sums are on average: $s_k \approx \frac kK y$, and $\sum_k (k/K)^2 \approx
-# \frac K3$. So $y^2$ is there because a sum that grows is rounded at its own size; where all terms have one sign it is
-# the larger part. The first part is the scatter around that.
+# The second part is what the partial sums are on average: $s_k \approx \frac kK y$, and
+# $\sum_k (k/K)^2 \approx \frac K3$. So $y^2$ is there because a sum that grows is rounded at its own size; where all
+# terms have one sign it is the larger part. The first part is the scatter around that.
 #
 # **Room.** Real orders are not random, and the products are rounded too. The project takes $K(q + y^2)$ instead, at
 # most six times that expectation.
