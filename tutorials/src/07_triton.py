@@ -5,14 +5,15 @@
 # write them without a GPU?
 
 # %% [markdown]
-# Triton's *interpreter* runs the real kernels on CPU tensors, one program after the other. It must be chosen before
-# Triton is imported; after that, everything below is what a GPU would run, only slowly.
+# Triton's *interpreter* runs the source of the real kernels on CPU tensors, one program after the other. It must be
+# chosen before Triton is imported. What it computes is what the kernel says; it tells nothing of a GPU's speed.
 
 # %% tags=["setup"]
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import itertools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import sys
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 from lora import Projection
@@ -42,10 +44,44 @@ from workshop import COLOURS, ROOT, assert_close, axes, checks, finish
 # $$t \ge \max\left(\frac{Q}{\beta}, \frac{F}{\pi}\right),$$
 #
 # with $\beta$ bytes and $\pi$ operations a second. The second term wins if its *intensity* $F/Q$ exceeds $\pi/\beta$:
-# on an H100 about 295 operations a byte. SwiGLU reads $g$ and $z$, writes $h$, 2 bytes each, and does some ten
-# operations: intensity $10/6$. It is bound by memory, and nothing but moving fewer bytes makes it faster. Two PyTorch
-# operations read three numbers and write two ($\mathrm{silu}(g)$ goes out to memory and comes back): five crossings.
-# One fused kernel has three.
+# on an H100 about 295 operations a byte, the *ridge* of the roof. SwiGLU reads $g$ and $z$, writes $h$, 2 bytes each,
+# and does some ten operations, if the exponential and the division count as several: intensity $10/6$. (The count need
+# not be exact. The 989 TFLOP/s are those of matrix products; other arithmetic reaches 67 in float32, and even so 20
+# operations a byte would be hidden behind memory, 120 for these six bytes.) So SwiGLU is bound by memory, and only
+# moving fewer bytes makes it faster. Two PyTorch operations read three numbers and write two ($\mathrm{silu}(g)$ goes
+# out to memory and comes back): five crossings. One fused kernel has three. We let PyTorch tell us what its operations
+# read and write:
+
+
+# %%
+class Crossings(TorchDispatchMode):
+    """Counts the tensors that operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(isinstance(x, torch.Tensor) for x in (*args, result))
+        return result
+
+
+g, z = (torch.randn(300, requires_grad=True) for _ in range(2))
+dh = torch.randn(300)
+with Crossings() as forward:
+    h = torch.nn.functional.silu(g) * z
+with Crossings() as backward:
+    torch.autograd.grad(h, (g, z), dh)
+needed = 3 + 5  # forward g, z, h; backward dh, g, z, dg, dz
+both = forward.count + backward.count
+print(f"PyTorch: {forward.count} crossings forward and {backward.count} backward; needed: 3 and 5, "
+      f"so {both / needed:.2f} times the bytes")  # fmt: skip
+assert forward.count == 5 and backward.count == 9
+
+# %% [markdown]
+# By bytes alone, PyTorch's operations should take 1.75 times as long as fused kernels, forward and backward together.
+# [Measured on an H100](../docs/benchmarks/h100.md), they take 1.74 times as long as the project's.
 
 # %% [markdown]
 # ## A kernel in ten lines
@@ -89,7 +125,8 @@ def careless_kernel(g_ptr, z_ptr, h_ptr, n, BLOCK: tl.constexpr):
 roomy_g, roomy_z = torch.ones(384), torch.ones(384)
 neighbour = torch.full((384,), 7.0)  # h is the first 300; what follows belongs to somebody else
 careless_kernel[(3,)](roomy_g, roomy_z, neighbour, 300, BLOCK=128)
-assert int((neighbour[300:] != 7).sum()) == 84
+print(f"overwritten behind the end: {int((neighbour[300:] != 7).sum())} numbers, and as many of g and of z were read")
+assert int((neighbour[300:] != 7).sum()) == 84 == 3 * 128 - 300
 swiglu_kernel[(3,)](roomy_g, roomy_z, fine := torch.full((384,), 7.0), 300, BLOCK=128)
 assert (fine[300:] == 7).all() and (fine[:300] != 7).all()
 
@@ -97,8 +134,10 @@ assert (fine[300:] == 7).all() and (fine[:300] != 7).all()
 # ## Two dimensions, and who does what
 #
 # The project's [`gated_forward_kernel`](../lora/fast/kernels/activation.py) works on tiles of a matrix. Its offsets
-# come from `tile_offsets`; products walk over their tiles in groups (`tile_in_group`), so that programs that run at
-# the same time share rows and columns and find them in the cache. We let each program write its number into its tile.
+# come from `tile_offsets`. Products walk over their tiles in groups (`tile_in_group`): programs with neighbouring
+# numbers run at about the same time, and the fewer row blocks of $x$ and column blocks of $W^\top$ they read together,
+# the more of them are found in the cache. We let each program write its number into its tile, and count what the first
+# 16 programs read.
 
 
 # %%
@@ -145,7 +184,7 @@ print(f"operand tiles that 16 programs share: {operand_tiles(plain)} row after r
 for image in (plain, grouped):
     assert image.min() == 0 and image.max() == tiles - 1  # every element was written, by a program that exists
     assert len(image.unique()) == tiles
-assert operand_tiles(grouped) < operand_tiles(plain)
+assert operand_tiles(plain) == 2 + 8 and operand_tiles(grouped) == 4 + 4
 
 # %% [markdown]
 # ## The real thing, in the interpreter
@@ -169,8 +208,9 @@ assert_close(dz, truth[1], "dz", atol=1e-5)
 # %% [markdown]
 # ## The LoRA GEMM, step by step
 #
-# One tile of $h = xW^\top + s\,uB^\top$ in one program. The trick is in the first line: **the accumulator does not
-# start at zero, it starts at the update**. So the update is never written, read or added. In plain Python, one tile:
+# One tile of $h = xW^\top + s\,uB^\top$ in one program, with $u = xA^\top$ given. The trick is in the first line: **the
+# accumulator does not start at zero, it starts at the update**. So the update never goes to memory, and no addition of
+# its own is needed. In plain Python, one tile:
 
 
 # %% tags=["setup"]
@@ -190,6 +230,7 @@ tokens, fan_in, fan_out, r, s = 24, 64, 40, 4, 0.5
 x, W = torch.randn(tokens, fan_in), torch.randn(fan_out, fan_in) / 8
 A, B = torch.randn(r, fan_in) / 8, torch.randn(fan_out, r)
 u = gemm.skinny_gemm(x, A)  # x Aᵀ, the thin product, a kernel of its own
+assert_close(u, x @ A.T, "u", atol=1e-5)
 full = gemm.lora_gemm(x, W, u, B, None, s)  # the real kernel, interpreted
 
 tile, states = lora_tile(x, W, u, B, s, slice(0, 16), slice(16, 32))
@@ -207,9 +248,25 @@ for number, (ax, state) in enumerate(zip(figures, states, strict=True)):
 # %% [markdown]
 # ## What it compiles to, without a GPU
 #
-# Triton compiles for an H100 on any machine: `lora.fast.kernels.compile_check` asks the compiler for registers,
-# spills and instructions. (In a process of its own: under the interpreter, kernels are Python functions.) The spec
-# lists also say how many bytes a call must move and how many operations it does, which is all the roofline needs.
+# Triton's compiler needs no GPU: it compiles for an H100 on a laptop, and `lora.fast.kernels.compile_check` reads what
+# came out. (In a process of its own: under the interpreter, kernels are Python functions.) How to read the report:
+#
+# - **Registers** hold a thread's numbers. A thread has 255 at most, a multiprocessor 65,536 for all its threads: the
+#   more each takes, the fewer threads are there to work while others wait for memory.
+# - **Spills** are instructions that put into memory what found no register, or fetch it back. In a loop over tiles they
+#   are paid at each step; the aim is 0.
+# - **Shared memory** is the multiprocessor's own, 227 KiB for one program at most. Tiles of $x$ and $W$ arrive there
+#   ahead of time, for all threads of the program.
+# - **Matrix instruction**: which generation of the tensor cores' instructions is used. HGMMA is Hopper's. The 989
+#   TFLOP/s are those of the tensor cores, so a product without one is far below the roof; an element-wise kernel has
+#   none.
+# - **128-bit loads** fetch eight 16-bit numbers a thread with one instruction. Narrower ones need more instructions for
+#   the same bytes.
+# - **Atomics** add to memory from several programs in whatever order they come: results could differ from run to run.
+#   There should be none.
+#
+# The spec lists also say how many bytes a call must move and how many operations it does, which is all the roofline
+# needs.
 
 # %%
 PROGRAM = """
@@ -232,7 +289,7 @@ for name, report in reports.items():
     wide, loads = report["wide_loads"]
     print(f"{name}\n   {report['registers']} registers a thread, {report['spills']} spills, "
           f"{report['shared_bytes'] // 1024} KiB shared, matrix instruction {report['matrix_instruction'] or 'none'}, "
-          f"{wide} of {loads} loads are of 128 bits")  # fmt: skip
+          f"{wide} of {loads} loads are of 128 bits, {report['atomics']} atomics")  # fmt: skip
     assert report["spills"] == 0 and report["atomics"] == 0 and wide == loads
 product, elementwise = reports.values()
 assert product["matrix_instruction"] == "HGMMA" and elementwise["matrix_instruction"] == ""
@@ -258,14 +315,31 @@ finish(ax, "roofline of an H100 (bounds, not measured times)", "operations a byt
 
 large = next(v for k, v in points.items() if k.startswith("lora_gemm forward bf16, 8192"))
 small = next(v for k, v in points.items() if k.startswith("lora_gemm forward bf16, 64"))
-print(f"ridge {ridge:.0f} operations a byte; LoRA GEMM on 8192 tokens {large:.0f}, on 64 tokens {small:.0f}")
-assert small < ridge < large
-assert points["gated_forward silu bfloat16"] < 2
+swiglu = points["gated_forward silu bfloat16"]
+print(f"ridge {ridge:.0f} operations a byte; SwiGLU {swiglu:.1f}, "
+      f"LoRA GEMM 4096 → 14336 on 64 tokens {small:.0f}, on 8192 {large:.0f}")  # fmt: skip
+assert swiglu < small < ridge < large  # prediction 3
+
+weight_share = 4096 * 14336 / (64 * 4096 + 4096 * 14336 + 64 * 14336 + 16 * (64 + 14336))
+print(f"on 64 tokens W is {weight_share:.0%} of all bytes")
+assert weight_share > 0.97
+for name, value in points.items():  # the thin products: x Aᵀ, and dA
+    if name.startswith(("skinny_gemm", "lora_A_gradient")):
+        r = int(name.split(" r ")[1].split()[0])
+        assert 0.9 * r < value < r, name
 
 # %% [markdown]
-# On 64 tokens the layer only waits for $W$ to arrive: that is generation. On 8192 it computes: that is training. The
-# thin products of LoRA, with intensity about $r$, always wait for memory. Hence the design: put the update into the
-# wide product, and read $x$ once for all thin ones.
+# On 64 tokens the layer waits for memory, and nearly all of it is $W$: so it is in generation, where each of 64
+# sequences is one token further. On 8192 tokens it computes: so it is in training. The thin products of LoRA have an
+# intensity just below $r$, and wait for memory at any rank below the ridge. Hence the idea of this kernel: put the
+# update into the wide product, where a few more operations are nearly free and no byte is moved for it.
+#
+# **A roof is not a measurement.** On an H100, for 8,192 tokens and 4096 → 4096, this kernel's forward takes 1.30 times
+# the time of the frozen product alone. PyTorch's product (cuBLAS), with the update added in place afterwards
+# (`addmm_`), takes 1.17: one more pass over $h$, but a better product. Backward the kernel wins, 1.07 against 1.18, but
+# saves less than its launches cost the host. So the linear layers of the fast backend use `addmm_`, parts of this
+# kernel serve many adapters in one batch ([notebook 9](09_trust_and_serve.ipynb)), and the MLP's updates are added by
+# the activation kernel, which reads $g$ and $z$ anyway. [Decision 5](../docs/decisions/0005-addmm.md) has all figures.
 #
 # ## Exercises
 #
@@ -340,8 +414,16 @@ def check_axpy_kernel(answer):
 # </details>
 #
 # **Exercise 3.** From how many tokens on is $h = xW^\top + s\,uB^\top$ bound by arithmetic? Count 2 bytes a number,
-# each of $x$, $W$, $u$, $B$ read and $h$ written once, and $2T\,\text{out}\,(\text{in} + r)$ operations. Return the
-# smallest $T$ whose intensity exceeds `ridge`, or `None` if there is none.
+# each of $x$, $W$, $u$, $B$ read and $h$ written once, and $2T\,\text{out}\,(\text{in} + r)$ operations, as
+# `intensity` does. Return the smallest $T$ whose intensity exceeds `ridge`, or `None` if there is none. (What does the
+# intensity tend to, as $T$ grows?)
+
+
+# %% tags=["setup"]
+def intensity(T, fan_in, fan_out, r):
+    """Operations a byte of the layer on T tokens."""
+    numbers = T * fan_in + fan_in * fan_out + T * r + fan_out * r + T * fan_out  # x, W, u, B and h
+    return 2 * T * fan_out * (fan_in + r) / (2 * numbers)
 
 
 # %% tags=["exercise"]
@@ -353,17 +435,15 @@ def arithmetic_from(fan_in, fan_out, r, ridge):
 # %% tags=["checker"]
 @checks(arithmetic_from)
 def check_arithmetic_from(answer):
-    def intensity(T, i, o, r):
-        return 2 * T * o * (i + r) / (2 * (T * i + i * o + T * o + r * (T + o)))
-
-    for i, o, ridge in ((4096, 14336, 295), (4096, 4096, 295), (1024, 1024, 100)):
+    for i, o, ridge in ((4096, 14336, 295), (4096, 4096, 295), (1024, 1024, 100), (576, 1536, 295), (1536, 576, 295)):
         T = answer(i, o, 16, ridge)
         assert isinstance(T, int), f"for {i} → {o} it is {T!r}, expected a whole number of tokens."
         assert intensity(T, i, o, 16) > ridge, (
             f"{T} tokens, {i} → {o}: {intensity(T, i, o, 16):.1f} is not above {ridge}."
         )
         assert intensity(T - 1, i, o, 16) <= ridge, f"{T - 1} tokens would do for {i} → {o}."
-    assert answer(576, 576, 16, 295) is None, "576 → 576 never gets there: its intensity has a limit below 295."
+    for i, o in ((576, 576), (576, 192)):
+        assert answer(i, o, 16, 295) is None, f"{i} → {o} never gets there: its intensity has a limit below 295."
 
 
 # %% [markdown]
@@ -376,13 +456,42 @@ def check_arithmetic_from(answer):
 #     return None if each <= 0 else rest // each + 1
 # ```
 #
-# For 4096 → 14336 it is some 320 tokens. SmolLM2's layers are too small to be bound by arithmetic on an H100, ever.
+# As $T$ grows, $W$ and $B$ no longer count, and the intensity tends to
+# $\text{out}(\text{in} + r)/(\text{in} + \text{out} + r)$. If that is not above the ridge, no $T$ is enough.
 # </details>
+#
+# What the formula says of two models, found by trying one number of tokens after the other:
+
+# %%
+RIDGE, RANK = 295, 16
+layers = {
+    "SmolLM2-135M, q and o": (576, 576),
+    "SmolLM2-135M, k and v": (576, 192),
+    "SmolLM2-135M, gate and up": (576, 1536),
+    "SmolLM2-135M, down": (1536, 576),
+    "Llama-3.1-8B, q and o": (4096, 4096),
+    "Llama-3.1-8B, gate and up": (4096, 14336),
+}
+tokens = {}
+for name, (i, o) in layers.items():
+    limit = o * (i + RANK) / (i + o + RANK)
+    assert intensity(10**6, i, o, RANK) < limit < 1.01 * intensity(10**6, i, o, RANK)
+    enough = (T for T in itertools.count(1) if intensity(T, i, o, RANK) > RIDGE)
+    tokens[name] = next(enough) if limit > RIDGE else None
+    verdict = f"from {tokens[name]} tokens on" if tokens[name] else "never"
+    print(f"{name:<26} limit {limit:5.0f} operations a byte: bound by arithmetic {verdict}")
+assert list(tokens.values()) == [None, None, 953, 991, 345, 326]
+
+# %% [markdown]
+# SmolLM2's MLP is bound by arithmetic from about a thousand tokens on, its attention's projections never: $q$ and $o$
+# stay just below the ridge (292 of 295), $k$ and $v$ far below. All this is of an ideal kernel, which reads each
+# operand once.
 #
 # ## Where this lives in the code
 #
 # - [`lora/fast/kernels/activation.py`](../lora/fast/kernels/activation.py),
-#   [`gemm.py`](../lora/fast/kernels/gemm.py): the kernels of this notebook;
+#   [`gemm.py`](../lora/fast/kernels/gemm.py): the kernels of this notebook, and
+#   [decision 5](../docs/decisions/0005-addmm.md): which of them run where;
 #   [`compile_check.py`](../lora/fast/kernels/compile_check.py): reading what they compile to.
 # - [`docs/benchmarks/h100.md`](../docs/benchmarks/h100.md): measured times, beside these bounds.
 # - Next: [memory](08_memory.ipynb).

@@ -6,14 +6,16 @@
 
 # %% tags=["setup"]
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import workshop
-from lora.measure import measure
+from lora.measure import Ledger, measure
 from lora.planner import Problem
 from lora.reference.checkpoint import Traffic, is_attention
 from workshop import COLOURS, assert_close, axes, checks, finish
@@ -21,12 +23,13 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # %% [markdown]
 # ## Predict
 #
-# 1. 1,024 tokens, a vocabulary of 128k, float32. How many bytes are the logits? How many numbers does the loss give
-#    back?
+# 1. 1,024 tokens, a vocabulary of 128k (131,072), float32. How many bytes are the logits? The loss is one number; what
+#    else has to stay for the backward, if not they?
 # 2. A chain of 16 equal blocks, each saving $a$ bytes with an input of $a/4$. Peak memory with checkpointing in every
 #    block, against none?
-# 3. Of a block's forward, attention is the most expensive operation per byte it returns. Is it wise to compute it
-#    again?
+# 3. Attention's output is as large as a block's input. Is it worth keeping, so that attention does not run again? Does
+#    the answer depend on the length of the sequence?
+# 4. A budget lets three of six equal blocks keep everything; the others run again. Which three should keep?
 #
 # ## The derivation, first part: a loss without logits
 #
@@ -38,6 +41,9 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # Everything about a token follows from its *own* logits. So take a few hundred tokens at a time: form their logits,
 # read off loss and $\partial L/\partial h$ at once, in the *forward*, and drop the logits. What remains is one number a
 # token and $\partial L/\partial h$, as large as $h$. The scalar that arrives in the backward only multiplies it.
+#
+# The reference forms all logits, because that is easy to read; the fast backend goes chunk by chunk. We measure both on
+# random numbers, with a vocabulary of 16,384.
 
 # %%
 torch.manual_seed(0)
@@ -75,11 +81,15 @@ finish(ax, f"peak of loss and gradient, vocabulary {VOCAB:,}", "tokens", "MiB", 
 
 at_most = {backend: [peak for peak, _ in values] for backend, values in peaks.items()}
 with_all, without = (workshop.mib(at_most[backend][-1]) for backend in ("reference", "fast"))
-print(f"2,048 tokens: {with_all} with all logits, {without} without")
 logits = 4 * counts[-1] * VOCAB
+print(f"2,048 tokens: {with_all} with all logits, {without} without; the logits alone, once: {workshop.mib(logits)}")
+predicted, kept = 4 * 1024 * 131072, 4 * 1024 * FEATURES  # prediction 1
+print(f"1,024 tokens, 131,072 entries: {workshop.mib(predicted)} of logits. What has to stay: the loss, and "
+      f"a gradient of {workshop.mib(kept)} with {FEATURES} features, {workshop.mib(64 * kept)} with 4,096")  # fmt: skip
+assert predicted == 2**29
 assert at_most["reference"][-1] > 2 * logits and at_most["fast"][-1] < logits / 3  # several copies; a fraction
 assert at_most["reference"][-1] / at_most["reference"][-2] > 1.9  # grows with the tokens
-assert at_most["fast"][-1] / at_most["fast"][-2] < 1.1  # does not: a chunk is a chunk
+assert at_most["fast"][-1] / at_most["fast"][-2] < 1.1  # does not: a chunk's size is fixed
 
 # %% [markdown]
 # ## Second part: checkpointing
@@ -89,15 +99,18 @@ assert at_most["fast"][-1] / at_most["fast"][-2] < 1.1  # does not: a chunk is a
 # $$\text{none}: n a \qquad \text{every block}: n i + a \qquad \text{segments of } k:\ \tfrac nk\, i + k a .$$
 #
 # "Every block" keeps the inputs; when the backward comes to a block, it runs that block's forward again, and for a
-# moment its $a$ is there. The price is one more forward, whatever the form: a third more
-# arithmetic in full training, half as much again where frozen weights have no gradient. With
-# segments, the least is at $k = \sqrt{n i / a}$ (Chen et al. 2016: memory like $\sqrt n$). In a transformer $a$ is
-# many times $i$, so $k = 1$ is best.
+# moment its $a$ is there. The price is one more forward of the blocks, in either form. A product's forward is one
+# matrix product, its $dx$ another, its $dW$ a third: so a third more arithmetic in full training, and half as much
+# again where the weights are frozen and have no $dW$. With segments, the least is at $k = \sqrt{n i / a}$ (Chen et al.
+# 2016: memory like $\sqrt n$). In a transformer $a$ is many times $i$ (we shall measure it), so $k = 1$ is best.
+#
+# What really is in memory at most is a little more: the working memory of the one block that runs, and the gradient
+# that goes back.
 
 
 # %%
 class Block(nn.Module):
-    """Saves four times its input, for the nonlinearity; its linear layers are frozen, and save nothing."""
+    """Saves four times its input, for the nonlinearity; its linear layers, frozen, save nothing."""
 
     def __init__(self, features: int = 64) -> None:
         super().__init__()
@@ -119,16 +132,27 @@ def chain(blocks, x, segment: int | None):
     return x
 
 
-def chain_peak(n: int, segment: int | None) -> tuple[int, torch.Tensor]:
-    """(peak bytes, gradient of the first weight) of forward and backward."""
+def chain_of(n: int, frozen: bool = True) -> tuple[list[Block], torch.Tensor]:
+    """N blocks, and an input for them."""
     torch.manual_seed(0)
-    blocks = [Block() for _ in range(n)]
-    for parameter in (p for block in blocks for p in block.parameters()):
-        parameter.requires_grad_(False)
-    x = torch.randn(512, 64, requires_grad=True)
+    blocks = [Block().requires_grad_(not frozen) for _ in range(n)]
+    return blocks, torch.randn(512, 64, requires_grad=True)
+
+
+def chain_peak(n: int, segment: int | None) -> tuple[int, torch.Tensor]:
+    """(peak bytes, gradient of the input) of forward and backward."""
+    blocks, x = chain_of(n)
     parameters = [p for block in blocks for p in block.parameters()]
     peak = workshop.peak_bytes(lambda: chain(blocks, x, segment).sum().backward(), [x, *parameters])
     return peak, x.grad
+
+
+def chain_flops(segment: int | None, frozen: bool) -> int:
+    """Operations of all matrix products, forward and backward, of 8 blocks."""
+    blocks, x = chain_of(8, frozen)
+    with FlopCounterMode(display=False) as counter:
+        chain(blocks, x, segment).sum().backward()
+    return counter.get_total_flops()
 
 
 depths = [2, 4, 8, 16, 32]
@@ -153,12 +177,26 @@ assert abs(slope[1] - input_mib) < 0.02 * input_mib  # every block: its input, a
 assert abs(slope[None] - 4 * input_mib) < 0.02 * input_mib  # none: all that is saved, a = 4 i
 assert abs(slope[4] - input_mib / 4) < 0.02 * input_mib  # segments: an input for every fourth
 
+n, a = 16, 4 * input_mib  # prediction 2, and the same for segments
+formula = {None: n * a, 1: n * a / 4 + a, 4: n / 4 * a / 4 + 4 * a}
+for segment, label in ((None, "none"), (1, "every block"), (4, "segments of 4")):
+    at_most = curves[segment][depths.index(n)]
+    print(f"{n} blocks, {label:<13}: {formula[segment] / a:4.1f} a = {formula[segment]:.2f} MiB kept by the formula, "
+          f"{at_most:.2f} MiB at most")  # fmt: skip
+    assert 0 <= at_most - formula[segment] < 2.01 * a  # the formula, and what the running block works with
+
+price = {frozen: chain_flops(1, frozen) / chain_flops(None, frozen) for frozen in (False, True)}
+print(f"arithmetic with checkpointing: x {price[False]:.3f} in full training, x {price[True]:.3f} with frozen weights")
+assert abs(price[False] - 4 / 3) < 1e-9 and abs(price[True] - 3 / 2) < 1e-9
+assert all(chain_flops(4, frozen) == chain_flops(1, frozen) for frozen in price)  # segments cost the same
+
 # %% [markdown]
 # ## Selective: not everything again
 #
-# A block's forward saves many things; some are cheap to compute again and large (norms, activations), some are small
-# and expensive. Attention's output is as small as the input, and costs a pass over all pairs of tokens. `selective`
-# keeps it, and the second run gets it handed. We count how often attention really runs.
+# A block's forward saves many things. Most are large and cheap to compute again (norms, activations). Attention's
+# output is only as large as the input, and costs a pass over all pairs of tokens: arithmetic that grows with the square
+# of the length. `selective` keeps this output, and the second run is handed it. We take the last six blocks of SmolLM2
+# and four short examples, give $B$ random values, as $B = 0$ would make $dA$ zero, and count how often attention runs.
 
 
 # %%
@@ -200,61 +238,136 @@ assert runs == {"none": 0, "recompute": BLOCKS, "selective": 0, "offload": BLOCK
 assert all(torch.equal(gradients["none"], other) for other in gradients.values())  # the same bits in every mode
 
 # %% [markdown]
-# ## What each mode keeps, measured
+# ## What each mode keeps: measured, and predicted
 #
-# `lora.measure` runs one step block by block and notes each tensor's memory from its birth to its end.
+# A `Ledger` (from `lora.measure`) notes the memory of each tensor from its birth to its end, and the operations of all
+# matrix products and attention. We train one step in each mode under it, and read it between forward and backward.
+#
+# `lora.measure.measure` needs a single step to *predict* all modes: it runs the model block by block and notes what
+# each block would save, its input, and attention's outputs. `kept_by` adds these up for any choice of modes. If the
+# trace is right, its sums are what we measured.
 
 # %%
-lora.for_training(top)
+MODES = ("none", "selective", "recompute")
 arguments = {"inputs_embeds": batch.hidden, "attention_mask": batch.mask}
-found = measure(top, arguments, lambda **_: workshop.loss_of(top, batch))
-modes = ("none", "selective", "recompute", "offload")
-outside = sum(found.outside.values())  # the loss's: logits of the answers' tokens, as this is the reference
-kept = {mode: (found.kept_by([mode] * BLOCKS) - outside) / 2**20 for mode in modes}
-again = {"none": 0.0, "recompute": 1.0, "offload": 1.0}
-first = found.blocks[0]
-again["selective"] = 1 - first.attention_arithmetic / first.arithmetic
+owned = [*top.parameters(), *top.buffers(), *vars(batch).values()]  # in memory anyway
+measured, backward = {}, {}
+for mode in MODES:
+    lora.for_training(top, checkpointing=mode)
+    top.zero_grad()
+    ledger = Ledger(torch.device("cpu"), owned)
+    with ledger:
+        loss = workshop.loss_of(top, batch)
+        measured[mode], before = ledger.held, ledger.arithmetic
+        loss.backward()
+        backward[mode] = ledger.arithmetic - before
+    ledger.close()
 
-ax = axes(height=2.3, width=5.4)
+lora.for_training(top)
+found = measure(top, arguments, lambda **_: workshop.loss_of(top, batch))  # the trace: one step
+for mode in MODES:
+    assert measured[mode] == found.kept_by([mode] * BLOCKS) + loss.nbytes  # to the byte; the loss itself is 4
+
+first, forward = found.blocks[1], sum(block.arithmetic for block in found.blocks)
+outside = sum(found.outside.values())  # saved after the blocks: logits of the answers' tokens, as this is the reference
+kept = {mode: (measured[mode] - outside) / 2**20 for mode in MODES}
+kept["offload, predicted"] = (found.kept_by(["offload"] * BLOCKS) - outside) / 2**20
+again = {mode: (backward[mode] - backward["none"]) / forward for mode in MODES}
+
+ax = axes(height=2.3, width=5.6)
 ax.barh(list(kept), list(kept.values()), color=COLOURS)
 ax.invert_yaxis()
 finish(ax, f"kept between forward and backward, {BLOCKS} blocks, {batch.ids.numel()} tokens", "MiB")
-for mode in modes:
+for mode in MODES:
     print(f"{mode:<10} keeps {kept[mode]:6.2f} MiB, and runs {again[mode]:.1%} of the blocks' products again")
+print(f"offload on a GPU would keep {kept['offload, predicted']:.2f} MiB, by the trace")
+print(f"a block saves {first.saved / first.input:.0f} times its input, attention's output is "
+      f"{first.attention / first.input:.2f} inputs")  # fmt: skip
 assert kept["none"] > 5 * kept["selective"]
-assert kept["selective"] > 1.5 * kept["recompute"] > 3 * kept["offload"]
-assert again["selective"] < 1
+assert kept["selective"] > 1.5 * kept["recompute"] > 3 * kept["offload, predicted"]
+assert again["none"] == 0 and again["recompute"] == 1
+assert abs(again["selective"] - (1 - first.attention_arithmetic / first.arithmetic)) < 1e-9
+assert first.saved > 10 * first.input and first.attention < 1.1 * first.input
 
 # %% [markdown]
-# (`offload` here is what a GPU would keep; on a CPU nothing moves, as we are about to see.) On so few tokens
-# attention is a small part of the arithmetic: its share grows with the length of the sequence. Keep that in mind
-# before you believe a table.
-#
-# **Offload** goes one step further: the inputs themselves wait in the host's memory. Here, on a CPU, they are there
-# already, and a `Traffic` that counts copied bytes says so. On a GPU a block's input goes out while the next block
-# computes, and comes back while the one after it runs backward.
+# On so few tokens attention is a small part of the arithmetic, and `selective` spares little. Products cost the same
+# for each token; attention's cost for a token is in proportion to the length. So one trace says what its share would be
+# in longer sequences (counted as here, without use of the causal mask, which may spare up to half of it):
 
 # %%
+length = batch.ids.shape[1]
+products = (first.arithmetic - first.attention_arithmetic) / batch.ids.numel()  # operations a token
+pairs_of = first.attention_arithmetic / batch.ids.numel() / length  # a token, and each token that it looks at
+share = {n: pairs_of * n / (products + pairs_of * n) for n in (length, 1024, 8192)}
+print("attention's share of a block:", {f"{n} tokens": f"{value:.0%}" for n, value in share.items()})
+assert share[length] < 0.02 and share[1024] > 0.2 and share[8192] > 0.6  # prediction 3
+
+# %% [markdown]
+# Prediction 3: at 57 tokens it hardly matters, at thousands keeping it spares most of the second run, for one more
+# input's worth of memory a block.
+#
+# **Offload** goes one step further than `recompute`: the inputs themselves wait in the host's memory. On a GPU a
+# block's input goes out while the next block computes, and comes back while the one after it runs backward. What it
+# would keep and move is a prediction of the trace here, since on a CPU the inputs are in the host's memory already:
+# nothing moves, and a `Traffic`, which counts copied bytes, says so. Measured on a GPU it is in
+# [`docs/benchmarks/h100.md`](../docs/benchmarks/h100.md).
+
+# %%
+problem = Problem(found, ["offload"])  # each block's choices, introduced below
+moved = [choices["offload"].moved for choices in problem.choices]
+print(f"offload on a GPU, predicted: {sum(moved) / 2**20:.2f} MiB moved, out and back")
+for block, choices in zip(found.blocks, problem.choices, strict=True):
+    assert choices["offload"].kept == 0 and choices["offload"].moved == 2 * block.input
+
 traffic = Traffic()
-x = torch.randn(64, 64, requires_grad=True)
-lora.ops.checkpoint(Block(), x, offload=traffic).sum().backward()
-assert (traffic.out, traffic.back, traffic.peak) == (0, 0, 0)
+blocks, x = chain_of(1)
+(plain,) = torch.autograd.grad(blocks[0](x).sum(), x)
+lora.ops.checkpoint(blocks[0], x, offload=traffic).sum().backward()
+assert torch.equal(x.grad, plain)
+assert (traffic.out, traffic.back, traffic.peak) == (0, 0, 0)  # on a CPU
 
 # %% [markdown]
 # ## A budget, and a plan
 #
-# Blocks need not all do the same. A block near the *end* keeps its activations only briefly: its backward comes first.
-# So, given a number of bytes, save memory in the first blocks and keep everything in the last.
-# `lora.plan_checkpointing` finds the plan with the least arithmetic for a budget, exactly. We ask for every budget
-# from the leanest to the most.
+# Blocks need not all do the same. While block $i$ runs backward, the blocks before it still hold what they keep, and
+# those after it are done. While the loss is computed, *all* hold what they keep. So a step needs the largest of
+#
+# $$\text{need}_i = \text{constant} + \sum_{j<i} \text{kept}_j + \text{running}_i, \qquad
+# \text{need}_\text{loss} = \text{constant} + \sum_j \text{kept}_j + \text{working}_\text{loss} .$$
+#
+# A `Problem` (from `lora.planner`) holds these numbers: `choices[i][mode]` has `kept`, `running`, and the `cost`,
+# operations that run again. `leanest()` is the smallest budget that any plan fits, with this plan; `solve(budget)` is
+# the plan with the least cost that fits. Six blocks with three modes have 729 plans, so we can hold the answer against
+# all of them, for 25 budgets from the leanest to what no checkpointing needs.
 
 # %%
-problem = Problem(found, ["none", "selective", "recompute"])
+problem = Problem(found, MODES)
+
+
+def need_of(modes) -> int:
+    """The formula above, in bytes; what is in memory before the first block is part of it."""
+    kept, needs = 0, [found.before_blocks]
+    for mode, choices in zip(modes, problem.choices, strict=True):
+        needs.append(problem.constant + kept + choices[mode].running)
+        kept += choices[mode].kept
+    return max(*needs, problem.constant + kept + found.loss_working)
+
+
+def cost_of(modes) -> int:
+    """Operations that run again."""
+    return sum(choices[mode].cost for mode, choices in zip(modes, problem.choices, strict=True))
+
+
+plans = {modes: (need_of(modes), cost_of(modes)) for modes in itertools.product(MODES, repeat=BLOCKS)}
 least, _ = problem.leanest()
 most, _ = Problem(found, ["none"]).leanest()
+assert least == min(need for need, _ in plans.values()) and most == need_of(["none"] * BLOCKS)
+
 budgets = [least + (most - least) * step // 24 for step in range(25)]
 solutions = [problem.solve(budget) for budget in budgets]
-forward = sum(block.arithmetic for block in found.blocks)
+for budget, solution in zip(budgets, solutions, strict=True):
+    assert plans[solution.modes] == (solution.need, solution.cost[0]) and solution.need <= budget
+    assert solution.cost[0] == min(cost for need, cost in plans.values() if need <= budget)  # none of 729 is better
 extra = [solution.cost[0] / forward for solution in solutions]
 
 left, right = axes(2)
@@ -269,14 +382,71 @@ finish(right, "its plan: recompute, selective, none (darkest)", "block", "budget
 print(f"budgets {least / 2**20:.1f} to {most / 2**20:.1f} MiB; "
       f"{found.loss_working / 2**20:.1f} MiB of each are the reference's loss, with all its logits")  # fmt: skip
 assert all(a >= b for a, b in itertools.pairwise(extra))  # a larger budget never costs more
-assert extra[-1] == 0 and extra[0] > 0.5
-middle = solutions[12].modes
-assert list(middle[1:]) == sorted(middle[1:], key=numbers.get)  # of equal blocks, it saves first and keeps last
+assert extra[-1] == 0 and extra[0] == 1
 
+# %% [markdown]
+# Read the right picture from the bottom: each row is the plan of one budget. Blocks 1 to 5 save memory first and keep
+# last: those that keep everything are at the end. Block 0 is the first to keep everything, against that order. Why
+# either?
+#
+# The peak of all 729 plans is at the loss, where all blocks hold what they keep. There a block's place does not matter,
+# only how much all keep together: prediction 4, any three equal blocks do. (Were the loss to take no memory, the
+# leanest plan's peak would be in the last block's backward, with all that the others keep still there.) Of plans with
+# the same cost and the same bytes, the search takes the one that has less in memory on the way, and that is the one
+# that keeps late.
+#
+# Block 0 is not quite equal to the others. Its input is the batch's and requires no gradient, so its first norm does
+# not save its statistic, 4 bytes a token: to keep everything is cheaper there than anywhere else, by 912 bytes. At five
+# of these budgets just that decides: there no plan that runs block 0 again is as cheap. At the others below the largest
+# it breaks a tie.
+
+# %%
+for modes, (need, _) in plans.items():
+    kept_by_all = sum(choices[mode].kept for mode, choices in zip(modes, problem.choices, strict=True))
+    assert need == problem.constant + kept_by_all + found.loss_working  # the peak is at the loss
+lossless = Problem(replace(found, loss_working=0), MODES)
+before_last = sum(choices["recompute"].kept for choices in problem.choices[:-1])
+assert lossless.leanest()[0] == problem.constant + before_last + problem.choices[-1]["recompute"].running
+alike = {need_of(("none", *order)) for order in itertools.permutations(("none", "none", *["recompute"] * 3))}
+assert len(alike) == 1  # of the equal blocks 1 to 5, any two that keep need the same
+assert all(problem.choices[i] == problem.choices[1] for i in range(2, BLOCKS))
+assert all(list(s.modes[1:]) == sorted(s.modes[1:], key=numbers.get) for s in solutions)
+
+gain = [choices["none"].kept - choices["recompute"].kept for choices in problem.choices]  # what running again spares
+only_first, only_last = (("none", *["recompute"] * 5), (*["recompute"] * 5, "none"))
+difference = need_of(only_last) - need_of(only_first)
+print(f"only block 0 keeps: {need_of(only_first):,} bytes; only block 5: {need_of(only_last):,}, {difference} more")
+assert not batch.hidden.requires_grad and difference == gain[1] - gain[0] == 4 * batch.ids.numel()
+without_0 = {modes: plan for modes, plan in plans.items() if modes[0] != "none"}
+decided = []
+for budget, solution in zip(budgets[:-1], solutions, strict=False):
+    assert ("none" in solution.modes) == (solution.modes[0] == "none")  # where any block keeps everything, block 0 does
+    cheapest = min(cost for need, cost in without_0.values() if need <= budget)
+    decided += [budget] * (cheapest > solution.cost[0])
+print(f"at {len(decided)} of {len(budgets)} budgets every plan that runs block 0 again costs more")
+assert len(decided) == 5
+
+# %% [markdown]
+# `lora.plan_checkpointing` does both steps, the trace and the search, and `for_training` takes its plan. Does a step
+# with this plan keep what it says?
+
+# %%
+middle = solutions[12].modes
 plan = lora.plan_checkpointing(top, arguments, budgets[12], loss=lambda **_: workshop.loss_of(top, batch))
 assert tuple(plan.values()) == middle
-lora.for_training(top, plan)  # and this is how it is used
+lora.for_training(top, plan)
 print(plan.summary())
+
+top.zero_grad()
+ledger = Ledger(torch.device("cpu"), owned)
+with ledger:
+    loss = workshop.loss_of(top, batch)
+    between = ledger.held
+    loss.backward()
+ledger.close()
+print(f"between forward and backward: {between:,} bytes measured, {plan.kept:,} planned; "
+      f"at most {workshop.mib(ledger.most)} of {workshop.mib(plan.peak)}")  # fmt: skip
+assert between == plan.kept + loss.nbytes and ledger.most <= plan.peak
 
 # %% [markdown]
 # ## Exercises
@@ -392,7 +562,8 @@ def check_offload_is_free(answer):
 #     return 2 / bus <= 24 * features / speed
 # ```
 #
-# The tokens cancel. At 50 GB/s and 500 TFLOP/s the limit is some 830 features: any large model is above it.
+# The tokens cancel. At 50 GB/s and 500 TFLOP/s the limit is some 830 features; models of billions of weights have
+# thousands.
 # </details>
 #
 # ## Where this lives in the code
