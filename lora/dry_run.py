@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lora.errors import LoRAError
-from lora.fast.nf4 import release_workspaces
 from lora.fast.runtime import standing_for
+from lora.fast.workspace import release_workspaces
 from lora.measure import Measured, arithmetic_of, measure
 from lora.reference.checkpoint import is_attention
 from lora.train.loss import NextTokenLoss, head_of

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 import lora.fast as fast
 import lora.reference as reference
-from lora.fast.nf4 import release_workspaces
+from lora.fast.workspace import release_workspaces
 from lora.projection import Dropout, Projection
 from lora.reference.loss import warn_nothing_counts
 

@@ -1,7 +1,8 @@
 """Counted dropout, fused: the bits of `lora.reference.dropout`, with fewer passes.
 
-On a GPU the hash, the comparison and the product are one kernel. Elsewhere the 64-bit words are made in place, read as
-four 16-bit lanes without a shift (they lie in memory in the order of the lanes), and multiplied into x once.
+On a GPU the hash, the comparison and the product are one kernel. Elsewhere the 64-bit words of a block are made in
+place, read as four 16-bit lanes without a shift (they lie in memory in the order of the lanes), compared straight into
+ones and zeros of x's type, and multiplied into x once: no bool is converted, and no memory is fresh but the result's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lora.fast import library
 from lora.fast.runtime import runs_triton
+from lora.fast.workspace import workspace
 from lora.projection import Dropout
 from lora.reference.dropout import GAMMA, LANES, MIX_1, MIX_2, keep_scale, key_of, threshold
 
@@ -29,6 +31,7 @@ class KeepRows(NamedTuple):
 
 
 SIGN = 1 << 15  # 16-bit lanes are compared as signed numbers, after turning this bit over
+BLOCK = 1 << 18  # elements whose mask is made at a time: what that takes stays in a core's cache
 
 
 def dropout_mask(
@@ -40,7 +43,11 @@ def dropout_mask(
 
 def plain_mask(shape: Sequence[int], p: float, seed: int, stream: int, device: torch.device) -> Tensor:
     """`dropout_mask` in plain torch."""
-    return (lanes(math.prod(shape), seed, stream, device) >= threshold(p) - SIGN).view(tuple(shape))
+    keep = torch.empty(math.prod(shape), dtype=torch.uint8, device=device)  # written to twice as fast as bool
+    for start in range(0, len(keep), BLOCK):
+        block = keep[start : start + BLOCK]
+        keep_into(block, start, p, key_of(seed, stream))
+    return keep.view(torch.bool).view(tuple(shape))
 
 
 def apply_dropout(rows: Tensor, dropout: Dropout | KeepRows | None) -> Tensor:
@@ -51,8 +58,13 @@ def apply_dropout(rows: Tensor, dropout: Dropout | KeepRows | None) -> Tensor:
         return rows
     if runs_triton(rows):
         return library.drop(rows, dropout.p, dropout.seed, dropout.stream)
-    keep = dropout_mask(rows.shape, dropout.p, dropout.seed, stream=dropout.stream, device=rows.device)
-    return (rows * keep).mul_(keep_scale(dropout.p))
+    if torch.compiler.is_compiling():
+        keep = dropout_mask(rows.shape, dropout.p, dropout.seed, stream=dropout.stream, device=rows.device)
+        return (rows * keep).mul_(keep_scale(dropout.p))
+    dropped = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for block, keep in keep_blocks(rows, dropout):
+        torch.mul(rows[block], keep, out=dropped[block]).mul_(keep_scale(dropout.p))
+    return dropped
 
 
 def add_dropped_(total: Tensor, rows: Tensor, dropout: Dropout | KeepRows) -> Tensor:
@@ -64,14 +76,43 @@ def add_dropped_(total: Tensor, rows: Tensor, dropout: Dropout | KeepRows) -> Te
     if runs_triton(total):
         library.add_dropped(total, rows, dropout.p, dropout.seed, dropout.stream)
         return total
-    keep = dropout_mask(rows.shape, dropout.p, dropout.seed, stream=dropout.stream, device=rows.device)
-    return total.addcmul_(rows, keep.to(rows.dtype), value=keep_scale(dropout.p))
+    if torch.compiler.is_compiling():
+        keep = dropout_mask(rows.shape, dropout.p, dropout.seed, stream=dropout.stream, device=rows.device)
+        return total.addcmul_(rows, keep.to(rows.dtype), value=keep_scale(dropout.p))
+    for block, keep in keep_blocks(rows, dropout):
+        total[block].addcmul_(rows[block], keep, value=keep_scale(dropout.p))
+    return total
 
 
-def lanes(count: int, seed: int, stream: int, device: torch.device) -> Tensor:
-    """The first `count` 16-bit lanes of SplitMix64(key), each with its top bit turned over, int16 [count]."""
-    word = counters(-(-count // LANES), device) + _signed(key_of(seed, stream))
-    spare = torch.empty_like(word)
+def keep_blocks(rows: Tensor, dropout: Dropout) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after others: which, and 1 where an element of theirs is kept and else 0, [rows, features].
+
+    The ones and zeros are of the type of `rows`, in a workspace: they are there until the next are.
+    """
+    tokens, features = rows.shape
+    step = max(LANES, BLOCK // max(features, 1) // LANES * LANES)  # rows, so that each block begins with a word
+    key = key_of(dropout.seed, dropout.stream)
+    for first in range(0, tokens, step):
+        block = slice(first, min(first + step, tokens))
+        keep = workspace((block.stop - first) * features, rows.dtype, rows.device, "mask")
+        keep_into(keep, first * features, dropout.p, key)
+        yield block, keep.view(-1, features)
+
+
+def keep_into(keep: Tensor, start: int, p: float, key: int) -> None:
+    """Writes 1 where an element is kept and 0 elsewhere, for the elements from `start`, a multiple of LANES."""
+    torch.ge(lanes(start, len(keep), key, keep.device), threshold(p) - SIGN, out=keep)
+
+
+def lanes(start: int, count: int, key: int, device: torch.device) -> Tensor:
+    """`count` 16-bit lanes of SplitMix64(key) from the one numbered `start`, a multiple of LANES: int16 [count].
+
+    Each has its top bit turned over. They are in a workspace, until the next are made.
+    """
+    words = -(-count // LANES)
+    scratch = workspace(2 * words, torch.int64, device, "hash")
+    word, spare = scratch[:words], scratch[words:]
+    torch.add(counters(words, device), _signed((key + start // LANES * GAMMA) % 2**64), out=word)
     for shift, factor in ((30, MIX_1), (27, MIX_2), (31, None)):
         torch.bitwise_right_shift(word, shift, out=spare)
         word.bitwise_xor_(spare.bitwise_and_((1 << (64 - shift)) - 1))  # `>>` copies the sign: take the copies off
@@ -85,7 +126,7 @@ def lanes(count: int, seed: int, stream: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def counters(words: int, device: torch.device) -> Tensor:
-    """i · gamma for the words of a mask: the same for every mask of its size, so a few sizes are kept."""
+    """i · gamma for the words of a block: the same for every block of its size, so a few sizes are kept."""
     return torch.arange(words, dtype=torch.int64, device=device) * _signed(GAMMA)
 
 

@@ -1,16 +1,12 @@
 """NF4 for the fast backend: decoded straight into the operand of a matrix product, in a reused workspace.
 
 The formats and the bits are those of `lora.reference.nf4`. Decoding costs 0.5 bytes read and 2 or 4 written a
-parameter, so what counts is to do it once a layer and pass, and not to allocate for it.
-
-A workspace belongs to one device, dtype and stream: two layers on one stream run one after the other, so the second
-may overwrite what the first has used. Nothing that autograd keeps may point into it.
+parameter, so what counts is to do it once a layer and pass, and not to allocate for it (`lora.fast.workspace`).
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -19,12 +15,11 @@ from torch import Tensor
 from lora.errors import LoRAError
 from lora.fast import library
 from lora.fast.runtime import rehearsing, runs_triton
+from lora.fast.workspace import workspace
 from lora.nf4_format import NF4_CODES, check_block_size
 from lora.projection import NF4Weight
 from lora.reference.nf4 import check_quantisable, nf4_absmax
 from lora.reference.nf4 import nf4_quantize as reference_quantize
-
-_workspaces: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
 
 def nf4_quantize(
@@ -71,7 +66,8 @@ def decoded_together(weights: Sequence[NF4Weight], dtype: torch.dtype) -> Tensor
         each = [nf4_dequantize(weight, dtype) for weight in weights]
         return each[0] if len(each) == 1 else torch.cat(each)
     sizes, fan_in = [weight.shape[0] for weight in weights], weights[0].shape[1]
-    space = workspace(sum(sizes) * fan_in, dtype, weights[0].codes.device).view(sum(sizes), fan_in)
+    device = weights[0].codes.device
+    space = workspace(sum(sizes) * fan_in, dtype, device, "weights").view(sum(sizes), fan_in)
     for weight, block in zip(weights, space.split(sizes), strict=True):
         decode_into(weight, block)
     return space
@@ -99,22 +95,6 @@ def decode_into(quantised: NF4Weight, out: Tensor) -> None:
         values[whole:count].mul_(absmax[-1])
     if not in_place:
         out.copy_(values[:count].view(quantised.shape))
-
-
-def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`count` numbers of scratch memory, the same ones for every call on this device and stream."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
-    key = (device, dtype, stream)
-    if key not in _workspaces or _workspaces[key].numel() < count:
-        with torch.inference_mode(False):  # what is made under it cannot be written to outside
-            _workspaces[key] = torch.empty(count, dtype=dtype, device=device)
-    return _workspaces[key][:count]
-
-
-def release_workspaces(kind: str | None = None) -> None:
-    """Gives the scratch memory back, of one type of device or of all; the next product takes new."""
-    for key in [key for key in _workspaces if kind in (None, key[0].type)]:
-        del _workspaces[key]
 
 
 def pair_table(device: str) -> Tensor:

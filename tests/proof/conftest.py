@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora.fast.nf4 import release_workspaces
+from lora.fast.workspace import release_workspaces
 from lora.testing import LEDGER
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products on a GPU ask for

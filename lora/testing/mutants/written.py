@@ -184,21 +184,24 @@ WRITTEN: dict[str, list[Text]] = {
         ("a stale workspace: weights of a group in one place",
          "for weight, block in zip(weights, space.split(sizes), strict=True):",
          "for weight, block in zip(weights[:1], space.split(sizes), strict=False):"),
-        ("the workspace is too small", "if key not in _workspaces or _workspaces[key].numel() < count:", "if key not in _workspaces:"),
-        ("the workspace of another type", "key = (device, dtype, stream)", "key = (device, stream)"),
         ("decoded once, never again", "    for weight, block in zip(weights, space.split(sizes), strict=True):\n        decode_into",
          "    if bool(space.isfinite().all()):\n        return space\n"
          "    for weight, block in zip(weights, space.split(sizes), strict=True):\n        decode_into"),
     ],
+    "workspace": [
+        ("the workspace is too small", "if key not in _workspaces or _workspaces[key].numel() < count:", "if key not in _workspaces:"),
+        ("the workspace of another type", "key = (purpose, device, dtype, stream)", "key = (purpose, device, stream)"),
+    ],
     "dropout": [
         ("the mask shifted by one", ".view(tuple(shape))", ".roll(1).view(tuple(shape))"),
-        ("kept and dropped exchanged", ">= threshold(p) - SIGN", "< threshold(p) - SIGN"),
-        ("not divided by 1 - p", "return (rows * keep).mul_(keep_scale(dropout.p))", "return rows * keep"),
-        ("the backward's mask of another stream", "keep = dropout_mask(rows.shape, dropout.p, dropout.seed, stream=dropout.stream, "
-         "device=rows.device)\n    return total", "keep = dropout_mask(rows.shape, dropout.p, dropout.seed, device=rows.device)\n"
-         "    return total"),
-        ("the backward adds what was dropped too", "return total.addcmul_(rows, keep.to(rows.dtype), value=keep_scale(dropout.p))",
-         "return total.add_(rows)"),
+        ("kept and dropped exchanged", "torch.ge(lanes", "torch.lt(lanes"),
+        ("not divided by 1 - p", "out=dropped[block]).mul_(keep_scale(dropout.p))", "out=dropped[block])"),
+        ("the mask of another stream", "key = key_of(dropout.seed, dropout.stream)", "key = key_of(dropout.seed)"),
+        ("the backward adds what was dropped too", "total[block].addcmul_(rows[block], keep, value=keep_scale(dropout.p))",
+         "total[block].add_(rows[block])"),
+        ("every block has the first one's mask", "keep_into(keep, first * features, dropout.p, key)", "keep_into(keep, 0, dropout.p, key)"),
+        ("a block begins inside a word", "max(LANES, BLOCK // max(features, 1) // LANES * LANES)", "1"),
+        ("blocks of a mask all alike", "keep_into(block, start, p, key_of(seed, stream))", "keep_into(block, 0, p, key_of(seed, stream))"),
         ("the sign's copies shifted in", "word.bitwise_xor_(spare.bitwise_and_((1 << (64 - shift)) - 1))",
          "word.bitwise_xor_(spare)"),
         ("one round of the hash less", "((30, MIX_1), (27, MIX_2), (31, None))", "((30, MIX_1), (31, None))"),
