@@ -194,7 +194,7 @@ def run_chunks(
     factors = factors_of([part], rows.dtype)
     # every chunk's logits, then their gradients; oneDNN makes each chunk's anew
     space = None if by_onednn(rows) else rows.new_empty(min(step, len(rows)), part.out_features)
-    for start in range(0, len(rows), step):
+    for start in range(0, max(len(rows), 1), step):  # one chunk of no rows: gradients are zero then, not absent
         chunk = slice(start, start + step)
         x = rows[chunk]
         kept_chunk = None if mask is None else mask._replace(keep=mask.keep[chunk])
