@@ -50,7 +50,8 @@ def linear_cross_entropy(
     """The head's cross-entropy; arguments, result and errors as in `lora.reference.loss.linear_cross_entropy`.
 
     FLOPs: 2·counted·features·vocab, and twice that again for gradients. Saved for backward: the gradient of hidden,
-    tokens·features numbers, and those of the head's trainable tensors.
+    tokens·features numbers, and those of the head's trainable tensors. With reduction="none" hidden and labels
+    instead, and the head's tensors by reference.
     """
     hidden, heads = as_autocast(hidden, [as_projection(head)])
     static, tensors = unpacked(heads)
