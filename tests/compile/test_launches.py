@@ -165,7 +165,7 @@ def launched(operation: Callable[[], Any]) -> Iterator[KernelSpec]:
 def test_every_kernel_of_the_package_is_compiled_and_none_is_autotuned() -> None:
     """A kernel is what the package decorates with `triton.jit` and launches: its name ends in "_kernel".
 
-    Its tile follows from sizes and the GPU's generation alone, so that two runs launch the same.
+    Its tile follows from sizes and the GPU alone, so that two runs launch the same.
     """
     package = Path(activation.__file__).parent
     trees = [ast.parse(path.read_text()) for path in sorted(package.glob("*.py"))]
