@@ -160,6 +160,24 @@ def test_auto_runs_the_fast_operation_where_it_can(monkeypatch):
             assert lora.ops.lora_linear(torch.randn(3, 4), Projection(torch.randn(2, 4))) == "fast ran"
 
 
+@pytest.mark.parametrize("backend", ["fast", "auto"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_kernel_that_does_not_compile_is_an_error_and_no_fallback(monkeypatch, backend, operation):
+    """What was not refused beforehand runs, or raises what it raised: nothing else is tried."""
+
+    class CompilationError(Exception):
+        pass
+
+    def fails(*_, **__):
+        raise CompilationError("ptxas fatal: (C7907) Internal compiler error")
+
+    monkeypatch.setattr(lora.fast, operation, fails)
+    monkeypatch.setattr(lora.reference, operation, lambda *_, **__: pytest.fail("the reference ran"))
+    with lora.use_backend(backend), warnings.catch_warnings(), pytest.raises(CompilationError, match="ptxas"):
+        warnings.simplefilter("error")
+        getattr(lora.ops, operation)(torch.randn(3, 4), Projection(torch.randn(2, 4)))
+
+
 def test_the_backends_are_twins():
     """Same names, same signatures, and a file of the same name for each topic."""
     assert lora.fast.__all__ == lora.reference.__all__

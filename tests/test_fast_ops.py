@@ -106,6 +106,27 @@ def test_saved_bytes_are_those_of_the_docstrings(dropout):
     assert saved_numbers(lambda: fast.linear_cross_entropy(x, head, labels)) == T * fan_in  # dx
 
 
+@pytest.mark.parametrize("positions", [None, torch.tensor([[6, 0, 0, 2], [1, 2, 3, 4]])], ids=["rows", "positions"])
+def test_rope_saves_what_its_docstring_says(positions):
+    rot, cos, sin = 6, normal(7, 6), normal(7, 6)
+    q, k = normal(2, 3, 4, 8).requires_grad_(), normal(2, 1, 4, 8).requires_grad_()
+    given = (cos[:4], sin[:4]) if positions is None else (cos, sin)
+    angles = 4 if positions is None else 2 * 4  # the tables' own rows, or those of every token
+    assert saved_numbers(lambda: fast.rope(q, k, *given, position_ids=positions)) == 2 * angles * rot
+
+
+def test_a_loss_saves_what_its_docstring_says():
+    T, fan_in, vocab, r = 7, 12, 16, 3
+    x, labels = normal(T, fan_in).requires_grad_(), torch.randint(vocab, (T,))
+    head = frozen(projection(vocab, fan_in, r, bias=True))
+    gradients = T * fan_in + r * (fan_in + vocab) + vocab
+    assert saved_numbers(lambda: fast.linear_cross_entropy(x, head, labels)) == gradients
+    assert saved_numbers(lambda: fast.linear_cross_entropy(x, head, labels, reduction="none")) == T * fan_in + T
+    assert (
+        saved_numbers(lambda: fast.linear_cross_entropy(x.detach(), frozen(projection(vocab, fan_in, 0)), labels)) == 0
+    )
+
+
 def saved_bytes(function: Any) -> int:
     """The bytes that autograd keeps for the backward of a call: of every storage once, of parameters not."""
     seen: dict[int, torch.UntypedStorage] = {}
@@ -231,16 +252,65 @@ def test_an_embedding_saves_what_its_docstring_says(table, size, autocast):
     assert saved(dora=True) == plain + 2 * IN * 4 + T * IN * size
 
 
-def test_only_what_is_needed_is_computed():
-    """A frozen x and frozen adapters get no gradient, and nothing is computed for them."""
-    x, p = normal(5, 12), projection(16, 12)
-    h = fast.lora_linear(x, p)
-    h.sum().backward()
-    assert x.grad is None and p.lora_A.grad is not None
-    p.lora_A.requires_grad_(False)
-    x.requires_grad_()
-    dB, dx = torch.autograd.grad(fast.lora_linear(x, p).sum(), (p.lora_B, x))
-    assert dB.any() and dx.any()
+class CountProducts(TorchDispatchMode):
+    """How many matrix products run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name.removeprefix("aten::") in ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
+        return func(*args, **(kwargs or {}))
+
+
+def products_of(call: Any, wanted: list[Tensor], sizes: list[int]) -> tuple[int, int]:
+    """Products of the forward, and of the backward for what is wanted; the outputs' gradients lie in one buffer."""
+    with CountProducts() as forward:
+        made = call()
+    outputs = made if isinstance(made, tuple) else (made,)
+    dys = normal(len(outputs[0]), sum(sizes)).split(sizes, dim=1)
+    with CountProducts() as backward:
+        gradients = torch.autograd.grad(outputs, wanted, dys)
+    assert all(gradient.any() for gradient in gradients)
+    return forward.count, backward.count
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "DoRA"])
+@pytest.mark.parametrize("trains", [{"x"}, {"A"}, {"B"}, {"x", "A"}, {"x", "B"}, {"A", "B"}, {"x", "A", "B"}], ids=str)
+def test_each_product_is_computed_once_and_only_where_it_is_needed(trains, dora):
+    """dy B serves dA and dx; what takes no gradient costs no product."""
+    x, p = normal(5, 12), projection(16, 12, dora=dora)
+    if dora:
+        p.magnitude.requires_grad_(False)
+    named = {"x": x, "A": p.lora_A, "B": p.lora_B}
+    for name, tensor in named.items():
+        tensor.requires_grad_(name in trains)
+    wanted = [tensor for name, tensor in named.items() if name in trains]
+    forward, backward = products_of(lambda: fast.lora_linear(x, p), wanted, [16])
+    assert forward == 3 + dora  # x Wᵀ, x Aᵀ, u Bᵀ; for DoRA's norm B A
+    du, dA, dB, dx = bool(trains & {"x", "A"}), "A" in trains, "B" in trains, 2 * ("x" in trains)  # dy W, du A
+    assert backward == du + dA + dB + dx
+
+
+def stacked(*parts: Projection) -> list[Projection]:
+    """The projections with their weights one after another in memory."""
+    weights = torch.cat([p.weight for p in parts]).split([len(p.weight) for p in parts])
+    return [p._replace(weight=w) for p, w in zip(parts, weights, strict=True)]
+
+
+def test_projections_of_one_x_share_their_products():
+    """q, k, v, and gate and up: one product through W's and one through A's, and so on the way back."""
+    x = normal(5, 12).requires_grad_()
+    qkv = stacked(projection(16, 12), projection(8, 12, 2), projection(8, 12, 5))
+    forward, backward = products_of(lambda: fast.lora_qkv(x, *qkv), leaves(x, *qkv), [16, 8, 8])
+    assert (forward, backward) == (1 + 1 + 3, 3 + 1 + 3 + 2)  # W, A, each B; each du, dA's, each dB, dx
+    gate, up = stacked(projection(20, 12), projection(20, 12))
+    down = projection(12, 20)
+    parts = (gate, up, down)
+    forward, backward = products_of(lambda: fast.lora_mlp(x, *parts, activation="silu"), leaves(x, *parts), [12])
+    assert forward == (1 + 1 + 2) + 3
+    assert backward == (1 + 1 + 1 + 2) + (2 + 1 + 2 + 2)  # down's du, dA, dB, dh; above: each du, dA's, each dB, dx
 
 
 def test_a_second_backward_gives_the_right_answer():

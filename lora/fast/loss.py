@@ -50,7 +50,8 @@ def linear_cross_entropy(
     """The head's cross-entropy; arguments, result and errors as in `lora.reference.loss.linear_cross_entropy`.
 
     FLOPs: 2·counted·features·vocab, and twice that again for gradients. Saved for backward: the gradient of hidden,
-    tokens·features numbers, and those of the head's trainable tensors.
+    tokens·features numbers, and those of the head's trainable tensors. With reduction="none" hidden and labels
+    instead, and the head's tensors by reference.
     """
     hidden, heads = as_autocast(hidden, [as_projection(head)])
     static, tensors = unpacked(heads)
@@ -194,7 +195,7 @@ def run_chunks(
     factors = factors_of([part], rows.dtype)
     # every chunk's logits, then their gradients; oneDNN makes each chunk's anew
     space = None if by_onednn(rows) else rows.new_empty(min(step, len(rows)), part.out_features)
-    for start in range(0, len(rows), step):
+    for start in range(0, max(len(rows), 1), step):  # one chunk of no rows: gradients are zero then, not absent
         chunk = slice(start, start + step)
         x = rows[chunk]
         kept_chunk = None if mask is None else mask._replace(keep=mask.keep[chunk])

@@ -20,7 +20,8 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated; arguments, results and errors as in `lora.reference.rope.rope`.
 
-    FLOPs: 3 an element. Saved for backward: cos and sin.
+    FLOPs: 3 an element. Saved for backward: cos and sin; with position_ids their rows of every token,
+    batch·seq·rot numbers each.
     """
     cos, sin = per_token(cos, position_ids, q), per_token(sin, position_ids, q)  # [batch or 1, 1, seq, rot]
     if torch.compiler.is_compiling() and not runs_triton(q):  # torch 2.11 loses this function's gradient in a graph

@@ -56,10 +56,8 @@ def check(spec: KernelSpec, report: Report) -> None:
     assert report.shared_bytes <= (24 if kernel_name(spec).endswith("terms") else 16) * 1024
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_on_hopper(spec: KernelSpec) -> None:
-    report = compile_for(spec, "sm_90")
-    check(spec, report)
+def check_wide(spec: KernelSpec, report: Report) -> None:
+    """On NVIDIA every matrix is read in 128 bits, and what is as wide as it is written so."""
     assert report.wide_loads[0] == report.wide_loads[1] or kernel_name(spec) not in ("gated_forward", "gated_backward")
     matrices = {"x_ptr", "s_ptr", "dy_ptr", "dsum_ptr", "g_ptr", "z_ptr", "dh_ptr", "q_ptr", "partial_ptr"}
     read = [name for name in spec.signature if name in matrices - ({"s_ptr"} if "x_ptr" in spec.signature else set())]
@@ -68,6 +66,13 @@ def test_on_hopper(spec: KernelSpec) -> None:
         assert report.count("STG.E.128") == report.count("STG")
     if kernel_name(spec) not in ("norm_weight_gradient", "sum_partial"):  # these write one short row
         assert report.count("STG.E.128") >= 1
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_on_hopper(spec: KernelSpec) -> None:
+    report = compile_for(spec, "sm_90")
+    check(spec, report)
+    check_wide(spec, report)
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
@@ -79,7 +84,7 @@ def test_on_other_targets(spec: KernelSpec, target: str) -> None:
         narrower = sum(report.count(f"{unit}_load_dwordx2") for unit in ("global", "buffer"))
         assert report.wide_loads[0] + narrower > 0
     else:
-        assert report.wide_loads[0] > 0
+        check_wide(spec, report)
 
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}  # tiles of 16 rows

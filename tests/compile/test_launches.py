@@ -6,9 +6,11 @@ launches are recorded, specialised as Triton would, and looked for among the ker
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +160,20 @@ def there_and_back(operation: Callable[[], Any]) -> None:
 def launched(operation: Callable[[], Any]) -> Iterator[KernelSpec]:
     for launch in launches_of(lambda: there_and_back(operation), *KERNELS.values()):
         yield _specialised(launch.kernel, KERNELS[launch.kernel], dict(launch.arguments), {})
+
+
+def test_every_kernel_of_the_package_is_compiled_and_none_is_autotuned() -> None:
+    """A kernel is what the package decorates with `triton.jit` and launches: its name ends in "_kernel".
+
+    Its tile follows from sizes and the GPU alone, so that two runs launch the same.
+    """
+    package = Path(activation.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in sorted(package.glob("*.py"))]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    decorated = {f.name: [ast.unparse(one) for one in f.decorator_list] for f in functions}
+    jitted = {name for name, found in decorated.items() if any(one.startswith("triton.jit") for one in found)}
+    assert {name for name in jitted if name.endswith("_kernel")} == {kind[0].fn.__name__ for kind in COMPILED}
+    assert not [name for name, found in decorated.items() if any("tune" in one or "heuristics" in one for one in found)]
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))

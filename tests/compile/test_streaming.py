@@ -133,10 +133,13 @@ def test_dropout_compiles_once_for_every_p_seed_and_stream() -> None:
     assert len(found) == 24 and all(one == found[0] for one in found)
 
 
-@pytest.mark.parametrize("spec", LOSS, ids=lambda spec: spec.name)
-def test_cross_entropy_streams(spec: KernelSpec) -> None:
+NVIDIA = [(target, spec) for target in ("sm_80", "sm_90", "sm_100") for spec in cross_entropy.compile_specs(target)]
+
+
+@pytest.mark.parametrize(("target", "spec"), NVIDIA, ids=lambda one: one if isinstance(one, str) else one.name)
+def test_cross_entropy_streams(spec: KernelSpec, target: str) -> None:
     """Each loop's logits in 128 bits: one thread's 8 of a block. Three scalars aside (two loads of the label, ℓ_y)."""
-    report = compile_for(spec, "sm_90")
+    report = compile_for(spec, target)
     loops = 2 if spec.constexprs["HAS_GRADIENT"] else 1
     loads = 2 if spec.signature["logits_ptr"] == "*fp32" else 1  # 8 numbers
     assert report.count("LDG.E.128") == loops * loads

@@ -18,7 +18,9 @@ from lora.testing.cases import Layer, LinearInput, MLPInput, QKVInput
 from lora.testing.proof import Case, build, changed, mapped, named_outputs, on_cpu, results, upstream
 from lora.testing.report import assert_within
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore:.*script_method.*", "ignore:.*deterministic.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*lru_cache.*", "ignore:.*script_method.*", "ignore:.*deterministic.*", "ignore:Every label"
+)
 SHAPE = (5, 12)  # tokens, features
 
 
@@ -75,6 +77,7 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
             (x, labels, None, None, *dense, *none, [False] * 6),
             (x, labels, None, rho, *dense, *none, [True, False, True, True, True, False]),
             (x, labels, torch.tensor(7.0), None, *packed, *mean, [True, False, False, False, False, False]),
+            (x, labels.clone().fill_(-100), None, None, *dense, *mean, [True, True, True, True, True, False]),
         ],
         "multi_lora_forward": [(x, *many, [], torch.float32, 1.0), (x, *many_nf4, *packed[1:])],
         "multi_lora_backward": [

@@ -5,6 +5,8 @@ Sizes are no multiples of the tiles, and each of their axes has several.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora.fast import kernels
 from lora.fast.kernels import (
     activation,
     cross_entropy,
@@ -35,6 +38,7 @@ from lora.reference.nf4 import nf4_quantize
 
 MODULES = (activation, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm_kernels, rope)
 KERNELS = {name: getattr(module, name) for name in traffic.COUNTS for module in MODULES if hasattr(module, name)}
+NOT_ON_A_GPU = "needs a CPU, whose interpreter counts loads and stores: not run on a CUDA device"
 LAYER, RMS = norm._Norm(True, eps=1e-5), norm._Norm(False, 0.0, True, 1e-5)
 
 
@@ -153,7 +157,7 @@ CALLS: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("name", list(CALLS))
 def test_every_load_and_store_is_counted(name: str, device: str) -> None:
     if device != "cpu":
-        pytest.skip("the interpreter counts, and kernels are compiled on a GPU")
+        pytest.skip(NOT_ON_A_GPU)
     with counting() as found:
         launches = launches_of(CALLS[name], *KERNELS.values(), runs=True)
     assert launches
@@ -164,7 +168,7 @@ def test_every_load_and_store_is_counted(name: str, device: str) -> None:
 def test_each_operand_is_counted_by_itself(name: str, device: str) -> None:
     """Of the last launch, where operands do not share memory."""
     if device != "cpu":
-        pytest.skip("the interpreter counts, and kernels are compiled on a GPU")
+        pytest.skip(NOT_ON_A_GPU)
     launch = launches_of(CALLS[name], *KERNELS.values(), runs=True)[-1]
     operands = {n: v for n, v in launch.arguments.items() if isinstance(v, Tensor)}
     with counting() as found:
@@ -177,4 +181,13 @@ def test_each_operand_is_counted_by_itself(name: str, device: str) -> None:
 
 
 def test_every_kernel_is_counted() -> None:
-    assert set(KERNELS) == set(traffic.COUNTS)
+    """All that are launched, wherever in the package they are: helpers of kernels have other names."""
+    named = [
+        (name, function)
+        for found in pkgutil.iter_modules(kernels.__path__)
+        for name, function in vars(importlib.import_module(f"{kernels.__name__}.{found.name}")).items()
+        if name.endswith("_kernel") and hasattr(function, "fn")
+    ]
+    assert {name for name, _ in named} == set(KERNELS) == set(traffic.COUNTS)
+    called = {name for call in CALLS.values() for name, *_ in launches_of(call, *KERNELS.values(), runs=True)}
+    assert called == set(KERNELS)

@@ -34,6 +34,27 @@ def test_every_operation_has_mutants() -> None:
     assert counts.keys() == OPERATIONS and sum(counts.values()) >= 150
 
 
+KINDS = {  # mistakes that are known from elsewhere, each by the text of one that is written here
+    "a dropped tail": ("kernels.cross_entropy", "the last block of the vocabulary is dropped from the sum"),
+    "A and B swapped": ("operands", "A and B exchanged where a layer is square"),
+    "no scaling": ("linear", "scaling is missing in the forward"),
+    "a stale buffer": ("nf4", "a stale workspace: weights of a group in one place"),
+    "a wrong mask": ("kernels.activation", "the tail of a row is not masked"),
+    "dropout shifted": ("kernels.dropout", "the mask shifted by one"),
+    "no dy B term": ("linear", "dx without the update's part, dy B A"),
+    "rotary embedding's sign": ("kernels.rope", "the sign of the first turned over"),
+    "the order of nibbles": ("kernels.nf4", "nibbles in the wrong order, by words"),
+    "the absmax of another block": ("kernels.nf4", "the absmax of the block after"),
+    "offsets of 32 bits": ("kernels.cross_entropy", "a row's number in 32 bits"),
+    "the type of a sum": ("embedding", "dA is summed in the gradient's own type"),
+}
+
+
+def test_every_kind_of_mistake_is_among_them() -> None:
+    there = {(mutant.module, mutant.mistake) for mutant in written_mutants()}
+    assert {("lora.fast." + module, mistake) for module, mistake in KINDS.values()} <= there
+
+
 def test_every_mutant_has_a_name_of_its_own() -> None:
     names = Counter(mutant.key for mutant in all_mutants())
     assert [name for name, count in names.items() if count > 1] == []

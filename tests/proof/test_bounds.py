@@ -21,6 +21,7 @@ from lora.testing import (
     in_float64,
     linear_bounds,
 )
+from lora.testing.block_cases import LossInput
 from lora.testing.bounded import Bounded, add_up, exact, unit_roundoff
 from lora.testing.cases import Layer
 from lora.testing.explore import Exploration
@@ -139,6 +140,23 @@ def test_an_operation_that_writes_to_its_input_is_caught(monkeypatch):
     monkeypatch.setattr(lora.fast, "lora_linear", writes)
     with pytest.raises(AssertionError, match="wrote to its caller's x"):
         assert_equivalent(changed(LinearInput(), frozen=frozenset({"weight"})))
+
+
+@pytest.mark.filterwarnings("ignore:Every label")
+def test_a_gradient_that_is_absent_where_the_reference_has_zeros_is_refused(monkeypatch):
+    """Its number would be right: of a loss of which no label counts every gradient is zero."""
+    import lora.fast
+
+    right, case = lora.fast.linear_cross_entropy, LossInput(shape=(2,), ignored=(0, 1))
+
+    def without_A(hidden, head, labels, **options):
+        return right(hidden, head._replace(lora_A=head.lora_A.detach()), labels, **options)
+
+    assert_equivalent(case)
+    assert_equivalent(LossInput(shape=(0,)))
+    monkeypatch.setattr(lora.fast, "linear_cross_entropy", without_A)
+    with pytest.raises(AssertionError, match="fast gives no dlora_A where the reference gives zeros"):
+        assert_equivalent(case)
 
 
 def test_nan_never_passes_and_an_overflow_only_where_it_is_right():

@@ -47,6 +47,33 @@ def test_every_mode_is_bit_identical_to_none(device, backend, mode, dropout, dor
 
 @both
 @pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
+def test_accumulation_and_an_evaluation_in_between_change_no_bit(device, backend, mode):
+    """Two batches into one gradient, the model evaluated between the first one's forward and its backward."""
+    ids = IDS.to(device)
+
+    def gradients(mode: str) -> dict[str, torch.Tensor]:
+        lora.for_training(model, checkpointing=mode)
+        model.zero_grad()
+        torch.manual_seed(7)
+        loss = model(ids, labels=ids).loss
+        model.eval()
+        with torch.no_grad():
+            model(ids.flip(1), labels=ids)
+        model.train()
+        loss.backward()
+        model(ids.flip(0), labels=ids.flip(0)).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    with lora.use_backend(backend):
+        model = adapted(device, lora_dropout=0.3)
+        expected, found = gradients("none"), gradients(mode)
+    assert all(gradient.any() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert_same_bits(found[name], gradient, name)
+
+
+@both
+@pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
 def test_another_mask_is_another_gradient(device, backend, mode):
     """The law above means something: with dropout, another seed gives other bits in the same mode."""
     with lora.use_backend(backend):

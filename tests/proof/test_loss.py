@@ -14,7 +14,7 @@ from lora.fast.loss import CHUNK_BYTES
 from lora.projection import Projection
 from lora.testing.block_cases import LossInput
 from lora.testing.cases import Layer
-from lora.testing.proof import assert_equivalent, changed
+from lora.testing.proof import BACKENDS, assert_equivalent, build, changed, leaves
 from lora.testing.strategies import loss_inputs
 from proof.laws import (
     Run,
@@ -313,3 +313,19 @@ def test_merged_is_adapted(device, backend, case):
 def test_gradients_are_those_of_finite_differences(device, backend, options):
     case = LossInput(dtype=torch.float64, features=4, layer=Layer(6, 2, bias=True), ignored=(1,), **options)
     law_gradients_are_those_of_finite_differences(Run(case, backend, device))
+
+
+@both
+@pytest.mark.filterwarnings("ignore:Every label")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (2, 3)])
+@pytest.mark.parametrize("layer", [Layer(50, 3, bias=True), Layer(50, 3, dora=True), Layer(50, 3, nf4=True)])
+def test_where_no_label_counts_every_gradient_is_zero(device, backend, layer, shape, reduction):
+    """Zero and there: an optimizer passes a parameter over that has none, and the two backends would part."""
+    case = LossInput(shape=shape, layer=layer, ignored=tuple(range(6)), reduction=reduction)
+    arguments = build(case, device)
+    wanted = [leaf for _, leaf in leaves(arguments)]
+    loss = BACKENDS[backend].linear_cross_entropy(**arguments)
+    assert loss.shape == (shape if reduction == "none" else ()) and not loss.any()
+    for leaf, gradient in zip(wanted, torch.autograd.grad(loss.sum(), wanted), strict=True):
+        assert gradient.shape == leaf.shape and not gradient.any()

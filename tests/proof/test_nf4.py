@@ -11,6 +11,7 @@ from lora.fast.nf4 import decode_into
 from lora.nf4_format import NF4_CODES, midpoints
 from lora.projection import NF4Weight
 from lora.reference.nf4 import nf4_absmax
+from lora.testing.cases import LAYOUTS, laid
 from lora.testing.proof import BACKENDS, bits
 from proof.laws import both, examples
 
@@ -136,6 +137,15 @@ def test_blocks_do_not_see_each_other(device, backend, blocks_, seed, which):
     same = torch.arange(blocks_) != which % blocks_
     assert torch.equal(one.absmax.cpu()[same], two.absmax.cpu()[same])
     assert torch.equal(one.codes.view(blocks_, 32).cpu()[same], two.codes.view(blocks_, 32).cpu()[same])
+
+
+@both
+@examples(20)
+@given(rows=sides, columns=widths, seed=seeds, layout=st.sampled_from(LAYOUTS[:-1]))
+def test_memory_layout_does_not_matter(device, backend, rows, columns, seed, layout):
+    """Rows of a wider matrix, every second column, columns side by side: the same bytes."""
+    w = weight(rows, columns, seed).to(device)
+    assert_same(quantise(backend, laid(w, layout)), quantise(backend, w))
 
 
 @both

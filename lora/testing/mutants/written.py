@@ -32,6 +32,9 @@ WRITTEN: dict[str, list[Text]] = {
         ("the forward adapts the undropped x", "adapted_input = apply_dropout(rows, dropout)", "adapted_input = rows"),
         ("dA of the undropped x", "product_in(widest, du.T, apply_dropout(rows, dropout))", "product_in(widest, du.T, rows)"),
         ("dA is zero", "gradients[i][2] = dA.to(part.lora_A.dtype)", "gradients[i][2] = torch.zeros_like(part.lora_A)"),
+        ("dA and dB exchanged where a layer is square", "    return [tuple(row) for row in gradients]",
+         "    return [(w, b, A, B, m) if A is None or B is None or A.shape != B.T.shape else (w, b, B.T, A.T, m)\n"
+         "            for w, b, A, B, m in gradients]"),
         ("dB is zero", "gradients[i][3] = product_in(part.lora_B.dtype, dh.T, u)", "gradients[i][3] = torch.zeros_like(part.lora_B)"),
         ("the parts' dA exchanged", "stacked.split(ranks) if len(parts) > 1", "stacked.flip(0).split(ranks) if len(parts) > 1"),
         ("dx is given although only the weights want it", "if wants_x else None, gradients\n",
@@ -50,6 +53,9 @@ WRITTEN: dict[str, list[Text]] = {
     ],
     "operands": [
         ("A's stacked in the wrong order", "torch.cat(A)", "torch.cat(A[::-1])"),
+        ("A and B exchanged where a layer is square", "    A = [part.lora_A for part in parts if part.lora_A is not None]\n",
+         "    parts = [p if p.lora_A is None or p.shape[0] != p.shape[1] else p._replace(lora_A=p.lora_B.T, lora_B=p.lora_A.T)\n"
+         "             for p in parts]\n    A = [part.lora_A for part in parts if part.lora_A is not None]\n"),
         ("B's of a group exchanged", "B = tuple(part.lora_B for part in parts)", "B = tuple(part.lora_B for part in parts[::-1])"),
         ("factors are not cast", "cast = any(each is not None and each.dtype != dtype for each in (*A, *B))", "cast = False"),
         ("stacked weights one row off", "size, (first.shape[1], 1), first.storage_offset())",
@@ -156,7 +162,8 @@ WRITTEN: dict[str, list[Text]] = {
         ("the scale's slope is forgotten", "        if logit_scale != 1:\n            p.mul_(logit_scale)\n", ""),
         ("ignored tokens are counted", "weight = targets.weight if dlosses is None",
          "weight = targets.weight * len(counted) / max(len(rows), 1) if dlosses is None"),
-        ("the last chunk is dropped", "for start in range(0, len(rows), step):", "for start in range(0, len(rows) - step + 1, step):"),
+        ("the last chunk is dropped", "for start in range(0, max(len(rows), 1), step):", "for start in range(0, len(rows) - step + 1, step):"),
+        ("no label that counts, no gradient", "range(0, max(len(rows), 1), step)", "range(0, len(rows), step)"),
         ("a chunk's gradient replaces the sum", "totals[i] = gradient if totals[i] is None else totals[i].add_(gradient)",
          "totals[i] = gradient if True else totals[i].add_(gradient)"),
         ("every chunk has the first one's mask", "mask._replace(keep=mask.keep[chunk])",
@@ -233,7 +240,9 @@ WRITTEN: dict[str, list[Text]] = {
         ("dx without the adapters", "groups.expand_(dx, du, lora_A.to(dy.dtype).transpose(1, 2))", "pass"),
         ("scaling counts twice in dB", "dB = groups.sums(dy, su).to(lora_B.dtype)",
          "dB = groups.sums(dy, su).to(lora_B.dtype) * scaling[:, None, None].to(lora_B.dtype)"),
-        ("dA is made of x and dB of dy, exchanged", "dA = groups.sums(du, rows)", "dA = groups.sums(du * 0, rows)"),
+        ("dA is zero", "dA = groups.sums(du, rows)", "dA = groups.sums(du * 0, rows)"),
+        ("A and B exchanged where a layer is square", "    dy, rows = as_rows(dh), as_rows(x)\n", "    dy, rows = as_rows(dh), as_rows(x)\n"
+         "    if x.shape[-1] == dh.shape[-1]:\n        lora_A, lora_B = lora_B.transpose(1, 2), lora_A.transpose(1, 2)\n"),
         ("needs_input_grad read one place off", "for i in (0, 3, 4, 6, 7)]", "for i in (0, 4, 3, 6, 7)]"),
         ("the bias is forgotten", "h.add_(part.bias.to(h.dtype))", "pass"),
     ],
