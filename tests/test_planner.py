@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora
 from lora import LoRAConfig, LoRAError
+from lora.fast import workspace
 from lora.measure import Block, Ledger, Measured, Step, measure
 from lora.planner import Problem, bytes_of, readable
 
@@ -79,7 +80,8 @@ def bytes_of_a_step(model) -> tuple[int, int]:
     """Bytes between forward and backward, the loss left out, and at the peak, gradients included."""
     step(model)  # gradients are there, as in the second of accumulated batches
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with Live(*model.parameters(), *model.buffers(), *BATCH.values(), *gradients) as live:
+    scratch = workspace._workspaces.values()  # there since the step before
+    with Live(*model.parameters(), *model.buffers(), *BATCH.values(), *gradients, *scratch) as live:
         loss = model(**BATCH).loss
         kept = live.now - loss.nbytes
         loss.backward()
