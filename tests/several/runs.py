@@ -127,6 +127,7 @@ def run_all(runs: Runs) -> None:
     runs.train("two sharded", 2, 2, "--sharding", "full", "--checkpointing", "recompute", "--no-chat-template")
     runs.train("one plain text", 1, 4, "--checkpointing", "recompute", "--no-chat-template")
     runs.resume("two, then one", "two", 3, 1, 2)
+    runs.resume("two, then four", "two", 3, 4, 1)
     runs.resume("one, then four sharded", "one", 3, 4, 1, "--sharding", "full")
     runs.resume("two, then three", "two", 3, 3, 2)
     runs.resume("two, then four of more", "two", 3, 4, 3)
