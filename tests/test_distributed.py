@@ -108,7 +108,7 @@ def test_whole_runs_are_the_run_of_one_process_and_end_together(tmp_path: Path) 
     ends = json.loads((tmp_path / "ends.json").read_text())
     for name in ("two", "two, then one", "two, then four", "one, then four sharded", "terminated, then one"):
         same_run(tmp_path / name, tmp_path / "one", ends[name])
-    same_run(tmp_path / "two sharded", tmp_path / "one plain text", ends["two sharded"])
+    same_run(tmp_path / "two sharded", tmp_path / "one in nf4", ends["two sharded"])
     one_says(ends["terminated"], 143, r"terminated \(SIGTERM\) after step \d of 8; .*checkpoint-\d is saved")
     one_says(ends["two, then three"], 2, "4 batches of 3, which 3 processes cannot share alike")
     one_says(ends["two, then four of more"], 2, "2 × 2 then, 3 × 4 now")

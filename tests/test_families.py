@@ -155,7 +155,7 @@ def test_merging_changes_nothing_but_roundings(family, backend):
 @both_backends
 @pytest.mark.parametrize("family", ["gpt2", *MIXTURES])
 def test_loss_and_gradients_are_peft_s(family, backend, tmp_path):
-    """The same adapter on the same model; the other families: tests/proof/test_families.py, experts: test_experts.py."""
+    """The same adapter on the same model. Other families: tests/proof/test_families.py, experts: test_experts.py."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family in MIXTURES else "all-linear"
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
