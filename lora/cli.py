@@ -40,6 +40,7 @@ COMMANDS = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCK_DTYPES = ("q8_0",)  # of a GGUF file only
+NAMES = ("modules", "parameters", "pattern", "changed")  # in options that take names
 OUT_OF_MEMORY = {  # what helps, by command
     "train": "out of memory: lower --batch-size (and raise --grad-accumulation) or --max-length, or use "
     "--checkpointing recompute or --quantization nf4.",
@@ -220,7 +221,7 @@ def _add_field(group: argparse._ArgumentGroup, f: dataclasses.Field[Any]) -> Non
 def _metavar(name: str) -> str:
     hint = HINTS[name]
     plain = {int: "N", float: "X", str: name.rsplit("_", 1)[-1].upper()}
-    return plain.get(hint, "NAMES" if "modules" in name or "pattern" in name or "changed" in name else "VALUE")
+    return plain.get(hint, "NAMES" if any(part in name for part in NAMES) else "VALUE")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -547,14 +548,15 @@ def load_with_adapter(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
     import lora
+    from lora.meter import meter
 
     device = "cuda:0" if torch.cuda.is_available() else None
-    model, tokenizer = lora.load(
-        options.model, quantization=None if options.quantization == "none" else options.quantization, device=device
-    )
-    if options.adapter:
-        lora.load_adapter(model, options.adapter)
-        lora.for_inference(model)
+    quantization = None if options.quantization == "none" else options.quantization
+    with meter("loading the model"):
+        model, tokenizer = lora.load(options.model, quantization=quantization, device=device)
+        if options.adapter:
+            lora.load_adapter(model, options.adapter)
+            lora.for_inference(model)
     return model, tokenizer
 
 

@@ -26,6 +26,7 @@ from lora.adapter_io import load_adapter
 from lora.adapters import trainable_parameters, walk
 from lora.errors import LoRAError
 from lora.layers import AdapterLayer, LoRAParameter, SavedModule, adapter_layers
+from lora.meter import meter
 from lora.nf4_layer import NF4Linear
 from lora.reference.linear import dense_weight
 from lora.reference.merge import merge_layer
@@ -72,16 +73,18 @@ def merge_directory(
     Memory: the adapter and two copies of one weight, beside pages of the files that can be dropped.
     """
     target = checked_output(output, overwrite, Path(name), Path(adapter))
-    model, tokenizer = models.load(name)
-    load_adapter(model, adapter)
+    with meter("loading the model"):
+        model, tokenizer = models.load(name)
+        load_adapter(model, adapter)
     wanted = _output_dtype(model, dtype)
     count = len(list(adapter_layers(model)))
     untied = _unties(model)
     with replaced(target) as directory:
         parameters = any(isinstance(layer, LoRAParameter) for _, layer in adapter_layers(model))
         if parameters or getattr(model, "_weight_conversions", None):  # files with other names: transformers knows how
-            whole: Any = dispatch.merge_and_eject(model.to(torch.float32))
-            whole.to(wanted).save_pretrained(directory)
+            with meter("merging and writing"):
+                whole: Any = dispatch.merge_and_eject(model.to(torch.float32))
+                whole.to(wanted).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         else:
             write_weights(dict(merged_entries(model, wanted, untied)), directory)
@@ -171,14 +174,16 @@ def quantize_directory(
     Returns: a report with the bits a quantised weight takes. Raises: LoRAError, with nothing written.
     """
     target = checked_output(output, overwrite, Path(name))
-    model, tokenizer = models.load(name)
+    with meter("loading the model"):
+        model, tokenizer = models.load(name)
     if any(isinstance(module, NF4Linear) for module in model.modules()):
         raise LoRAError(f"{name} is quantised already: give the model it was made from.")
     if getattr(model, "_weight_conversions", None):
         raise LoRAError(f"{name} stores its weights under other names than transformers uses: this is not built yet.")
     wanted = _output_dtype(model, dtype)
     before = sum(p.numel() for p in model.parameters())
-    dispatch.quantize(model, "nf4", double_quant=double_quant)
+    with meter("quantising"):
+        dispatch.quantize(model, "nf4", double_quant=double_quant)
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     for layer in layers:
         layer.dtype = wanted
@@ -272,11 +277,12 @@ def write_weights(entries: dict[str, Entry], directory: Path, shard_bytes: int |
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(directory / name, shard)
+    with meter("writing", sum(entry.nbytes for entry in entries.values())) as written:
+        for name, shard in zip(names, shards, strict=True):
+            write_safetensors(directory / name, shard, written)
 
 
-def write_safetensors(path: Path, entries: dict[str, Entry]) -> None:
+def write_safetensors(path: Path, entries: dict[str, Entry], written: Callable[[int], None]) -> None:
     """One file, one tensor in memory at a time: the header's length, the header in JSON, the data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -289,6 +295,7 @@ def write_safetensors(path: Path, entries: dict[str, Entry]) -> None:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for entry in entries.values():
             file.write(entry.make().contiguous().flatten().view(torch.uint8).numpy().data)
+            written(entry.nbytes)
         file.flush()
         os.fsync(file.fileno())
 

@@ -36,6 +36,7 @@ from lora.gguf_file import decode, metadata_types, read_gguf
 from lora.gguf_loader import ARCHITECTURES, LAYER_NAMES, TOP_NAMES
 from lora.gguf_metadata import CONVERTER, Metadata, metadata_of
 from lora.layers import adapter_layers
+from lora.meter import meter
 
 Q = GGMLQuantizationType
 KINDS = {"float32": Q.F32, "float16": Q.F16, "bfloat16": Q.BF16, "q8_0": Q.Q8_0}
@@ -178,7 +179,8 @@ def merge_gguf(
     Returns: a report, one line. Raises: LoRAError, with nothing written, for what cannot be written faithfully.
     """
     target = check_file(Path(output).expanduser(), overwrite, name)
-    model, tokenizer = models.load(name)
+    with meter("loading the model"):
+        model, tokenizer = models.load(name)
     architecture = architecture_of(model)
     source = source_file(name)
     metadata, extra = _carried(source) if source else metadata_of(name, model, tokenizer, architecture)
@@ -269,6 +271,7 @@ def _write(
     """One GGUF file: what it says, where its tensors lie, and then each tensor in turn."""
     with _replaced(target) as path:
         writer = GGUFWriter(path, architecture)
+        sizes: dict[str, int] = {}
         try:
             writer.add_file_type(FILE_TYPES[kind])
             writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -277,12 +280,15 @@ def _write(
             for name, part in parts.items():
                 block, nbytes = GGML_QUANT_SIZES[part.kind]
                 size = int(numpy.prod(part.shape)) // block * nbytes
+                sizes[name] = size
                 writer.add_tensor_info(name, part.shape, numpy.dtype(numpy.float32), size, raw_dtype=part.kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, part in parts.items():
-                writer.write_tensor_data(_encoded(name, part.make(), part.kind))
+            with meter("writing", sum(sizes.values())) as written:
+                for name, part in parts.items():
+                    writer.write_tensor_data(_encoded(name, part.make(), part.kind))
+                    written(sizes[name])
         finally:
             writer.close()
 

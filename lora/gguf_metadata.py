@@ -145,6 +145,8 @@ def _tokenizer(name: str, config: Any, tokenizer: Any) -> Metadata:
     model = json.loads(backend.to_str())["model"] if backend is not None else {}
     if backend is None or model.get("type") != "BPE" or type(backend.decoder).__name__ != "ByteLevel":
         raise LoRAError(f"{name}: its tokenizer is no byte-level BPE, the only kind written here. {_convert_instead()}")
+    if not model["merges"]:
+        raise LoRAError(f"{name}: its tokenizer joins no bytes, and GGUF has no empty list. {_convert_instead()}")
     tokens, kinds = _tokens(config.vocab_size, tokenizer)
     found: Metadata = {
         "tokenizer.ggml.model": ("gpt2", T.STRING, None),

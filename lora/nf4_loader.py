@@ -80,7 +80,7 @@ class NF4Quantizer(HfQuantizer):
             warnings.warn(
                 f"quantization='nf4' leaves {len(experts)} modules in full precision: {experts[0]} and its like hold "
                 "several matrices in one tensor, and only nn.Linear is quantised",
-                stacklevel=2,
+                stacklevel=1,  # transformers calls this, and its warnings are silenced by the commands
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

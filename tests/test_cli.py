@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +15,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_text import rows, save_tiny_model, write_jsonl
+from test_experts import base as mixture
+from tiny_text import rows, save_tiny_model, tiny_tokenizer, write_jsonl
 
 import lora
 from lora.cli import main
 from lora.directories import merge_directory
 from lora.nf4_layer import NF4Linear
+from lora.train.config import HINTS
 from lora.train.quiet import quiet
 
 IDS = torch.arange(3, 20)[None]
@@ -381,3 +385,49 @@ def test_a_fresh_process_ends_with_the_exit_code() -> None:
     assert finished.returncode == 2
     assert finished.stderr.startswith("lora: error: ")
     assert finished.stderr.count("\n") == 1
+
+
+# ---- mixtures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_a_mixture_s_experts_train_and_what_nf4_leaves_out_is_said(
+    files: dict[str, Path], tmp_path: Path, backend: str, capfd: Any
+) -> None:
+    """Interrupted and resumed, merged, and read by PEFT; `all-linear` and NF4 both leave experts out, and say so."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        mixture("mixtral").save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["train", "--model", tmp_path / "model", "--data", files["data"], "--max-steps", 3, "--lr", "1e-2"]
+    words += ["--save-every", 1, "--samples", 0, "--no-tensorboard", "--backend", backend]
+    experts = ["--target-parameters", "experts.gate_up_proj,experts.down_proj"]
+    assert command(*words, *experts, "--output", tmp_path / "a") == 0
+    assert "leaves" not in capfd.readouterr().err
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
+    assert command(*words, *experts, "--output", tmp_path / "b", "--resume") == 0
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert any(".experts." in key and "lora_B" in key and bool(one[key].abs().max() > 0) for key in one)
+
+    adapter = tmp_path / "a" / "adapter"
+    merged = ["merge", "--model", tmp_path / "model", "--adapter", adapter, "--output", tmp_path / "merged"]
+    assert command(*merged, "--dtype", "float32") == 0
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), str(adapter))
+    expected, plain = logits(theirs), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert float((expected - plain).abs().max()) > 1e-2
+
+    capfd.readouterr()
+    assert command(*words, "--quantization", "nf4", "--output", tmp_path / "c") == 0
+    said = capfd.readouterr().err
+    assert "leaves 4 parameters out" in said and "give target_parameters=" in said
+    assert "quantization='nf4' leaves 2 modules in full precision: model.layers.0.mlp.experts" in said
+
+
+def test_every_field_of_the_adapter_s_config_is_an_option() -> None:
+    assert {f.name for f in dataclasses.fields(lora.LoRAConfig)} <= HINTS.keys()
+    assert main(["train", "--model", "m", "--data", "d", "--target-parametrs", "x"]) == 2

@@ -1,6 +1,6 @@
 """Several processes: gradients beside one process, whole runs beside one process, and how they end together.
 
-Each of the two long tests forks its processes from one that has imported everything (`several.processes`).
+Each of the three long tests forks its processes from one that has imported everything (`several.processes`).
 """
 
 from __future__ import annotations
@@ -91,15 +91,26 @@ def test_the_cases_cover_what_can_be_combined() -> None:
                     assert set(kinds) <= seen, (way, base, backend)
 
 
+def test_other_people_s_loops_on_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """transformers' Trainer, TRL's, and a loop around accelerate's `prepare`, which put DDP around our model."""
+    forked("loops.py", tmp_path / "loops.json")
+    found = json.loads((tmp_path / "loops.json").read_text())
+    assert {tuple(one["case"][:2]) for one in found} >= {("trainer", "reference"), ("sft", "fast"), ("dpo", "fast")}
+    assert {one["case"][1] for one in found if one["case"][0] == "accelerate"} == {"reference", "fast"}
+    for one in found:
+        assert one["from one"] <= LOSSES and one["from each other"] == 0, one
+        assert one["moved"] > 1e-2, one
+
+
 # ---- whole runs ------------------------------------------------------------------------------------------------
 
 
 def test_whole_runs_are_the_run_of_one_process_and_end_together(tmp_path: Path) -> None:
     forked("runs.py", tmp_path)
     ends = json.loads((tmp_path / "ends.json").read_text())
-    for name in ("two", "two, then one", "one, then four sharded", "terminated, then one"):
+    for name in ("two", "two, then one", "two, then four", "one, then four sharded", "terminated, then one"):
         same_run(tmp_path / name, tmp_path / "one", ends[name])
-    same_run(tmp_path / "two sharded", tmp_path / "one plain text", ends["two sharded"])
+    same_run(tmp_path / "two sharded", tmp_path / "one in nf4", ends["two sharded"])
     one_says(ends["terminated"], 143, r"terminated \(SIGTERM\) after step \d of 8; .*checkpoint-\d is saved")
     one_says(ends["two, then three"], 2, "4 batches of 3, which 3 processes cannot share alike")
     one_says(ends["two, then four of more"], 2, "2 × 2 then, 3 × 4 now")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from test_adapter_io import adapter_tensors, assert_equal
@@ -150,6 +152,32 @@ def test_merging_changes_nothing_but_roundings(family, backend):
         assert torch.equal(model(IDS).logits, expected)
 
 
+@both_backends
+@pytest.mark.parametrize("family", ["gpt2", *MIXTURES])
+def test_loss_and_gradients_are_peft_s(family, backend, tmp_path):
+    """The same adapter on the same model. Other families: tests/proof/test_families.py, experts: test_experts.py."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family in MIXTURES else "all-linear"
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # GPT-2's, which PEFT sets right
+        theirs = peft.get_peft_model(build(family), config)
+    stir(theirs)
+    theirs.save_pretrained(tmp_path)
+    with lora.use_backend(backend):
+        ours = lora.for_training(lora.load_adapter(build(family), tmp_path))
+        for model in (ours, theirs.train()):
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0  # GPT-2's own
+        loss, gradients = step(ours)
+        expected, by_peft = step(theirs)
+    assert_near(loss, expected)
+    by_peft = {name.removeprefix("base_model.model.").removesuffix(".weight"): g for name, g in by_peft.items()}
+    assert gradients.keys() == by_peft.keys() and len(gradients) >= 2 * 2 * 4
+    for name, gradient in by_peft.items():
+        assert_near(gradients[name], gradient, name)
+
+
 # ---- generation
 
 
@@ -270,3 +298,10 @@ def test_a_real_model_s_left_padded_batch_speaks_as_each_row_alone():
                 assert torch.equal(together[i], alone), prompt
             said.append(together)
     assert torch.equal(*said)
+
+
+def test_every_family_that_is_patched_is_here():
+    """A family that is added to the patch list is added to these tests."""
+    from lora.fast.patch import CAUSAL_LMS
+
+    assert {type(_template(family)).__name__ for family in FAMILIES} >= CAUSAL_LMS

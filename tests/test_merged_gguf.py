@@ -307,6 +307,14 @@ def other_merging(path: Path) -> Path:
     return source
 
 
+def no_merges(path: Path) -> Path:
+    source = directory(path, llama())
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return source
+
+
 def gpt2(path: Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -316,6 +324,7 @@ def gpt2(path: Path) -> Path:
 
 REFUSED = {
     "words": (lambda path: save_tiny_model(path), "its tokenizer is no byte-level BPE"),
+    "no merges": (no_merges, "its tokenizer joins no bytes, and GGUF has no empty list"),
     "another cutting": (other_cutting, "cuts text in none of the ways known here"),
     "another merging": (other_merging, "cuts text in none of the ways known here"),
     "activation": (lambda path: directory(path, llama(hidden_act="gelu")), "its config has hidden_act that cannot"),

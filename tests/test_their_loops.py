@@ -157,6 +157,24 @@ def test_sft_trainer_trains_as_with_peft(backend, checkpointing, tmp_path):
 
 
 @both_backends
+def test_trl_s_packing_trains_as_rows_of_their_own(backend, tmp_path):
+    """All examples in one step: padded beside each other, and several in a row, told apart by position ids alone."""
+    ended = []
+    for packing in (False, True):
+        _, ours = pair(tmp_path)
+        start = start_of(ours)
+        options = {"per_device_train_batch_size": 24, "max_steps": 1, "max_grad_norm": 0.0, "packing": packing}
+        with lora.use_backend(backend):
+            trainer = sft(lora.for_training(ours), tmp_path, gradient_checkpointing=False, **options)
+        assert (len(trainer.train_dataset) < 24 / 3) == packing
+        ended.append(tensors_of(ours))
+    for name, tensor in ended[0].items():
+        scale = float(tensor.abs().max())
+        assert float((ended[1][name] - tensor).abs().max()) <= ROUNDING * scale, name
+        assert float((tensor - start[name]).abs().max()) > 100 * ROUNDING * scale, name
+
+
+@both_backends
 def test_their_checkpointing_repeats_our_dropout(backend, tmp_path):
     """TRL turns torch's own checkpointing on by default: the masks of the second run are those of the first."""
     ended = []

@@ -103,6 +103,9 @@ class TrainConfig:
         "layers_pattern", "the list those layers are counted in"
     )
     modules_to_save: tuple[str, ...] | None = adapter_option("modules_to_save", "modules trained in full")
+    target_parameters: tuple[str, ...] | None = adapter_option(
+        "target_parameters", "parameters of a mixture: experts.gate_up_proj,experts.down_proj; without dropout"
+    )
 
     lr: float = option(2e-4, "optimisation", "peak learning rate of AdamW")
     scheduler: str = option("linear", "optimisation", "how the rate goes after the warm-up", choices=SCHEDULERS)

@@ -224,7 +224,8 @@ class Job:
         base = checkpoint.base_fingerprint(self.model)
         record: dict[str, Any] = {"settings": self.settings, "processes": self.processes, "base": base}
         config = config.replace(grad_accumulation=self.accumulation)
-        self.trainer = AdapterTrainer(self.model, self.tokenizer, config, self.data, record, callbacks, self.world)
+        with self.working("preparing the data"):
+            self.trainer = AdapterTrainer(self.model, self.tokenizer, config, self.data, record, callbacks, self.world)
         self.metrics.trainer = self.display.trainer = self.trainer
         self.trainer.before_saving = self.metrics.flush
         record |= self.trainer.fingerprints() | {"changes": []}

@@ -124,9 +124,11 @@ def run_all(runs: Runs) -> None:
     """Every scenario."""
     runs.train("one", 1, 4)
     by_torchrun(runs, "two")
-    runs.train("two sharded", 2, 2, "--sharding", "full", "--checkpointing", "recompute", "--no-chat-template")
-    runs.train("one plain text", 1, 4, "--checkpointing", "recompute", "--no-chat-template")
+    in_nf4 = ("--quantization", "nf4", "--checkpointing", "recompute", "--no-chat-template")
+    runs.train("two sharded", 2, 2, "--sharding", "full", *in_nf4)
+    runs.train("one in nf4", 1, 4, *in_nf4)
     runs.resume("two, then one", "two", 3, 1, 2)
+    runs.resume("two, then four", "two", 3, 4, 1)
     runs.resume("one, then four sharded", "one", 3, 4, 1, "--sharding", "full")
     runs.resume("two, then three", "two", 3, 3, 2)
     runs.resume("two, then four of more", "two", 3, 4, 3)
