@@ -4,7 +4,8 @@ The model's forward runs, each block through the hook that checkpointing uses. A
 backward, from a dy of ones, and is cut off from the next one, so that no more than one block is ever in memory: a model
 that only fits with "recompute" can be measured. `Ledger` sees every tensor that an operation makes, and when its memory
 is freed. All this happens twice, and the first time counts for nothing: kernels that try out their configurations take
-memory that later steps do not. Nothing of the model is changed; no gradient is written.
+memory that later steps do not, and scratch memory (`lora.fast.workspace`) is there from then on, a constant. Nothing of
+the model is changed; no gradient is written.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lora import dispatch
 from lora.adapters import state_of
 from lora.errors import LoRAError
+from lora.fast.workspace import workspaces_on
 from lora.layers import adapter_layers
 from lora.reference import modes as reference_modes
 from lora.reference.checkpoint import generator_states, generators_at, is_attention
@@ -99,12 +101,13 @@ def measure(model: nn.Module, batch: Mapping[str, Any], loss: Callable[..., Tens
     with as_trained(model), generators_at(generator_states({device})), torch.enable_grad():
         owned = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(arguments) if isinstance(x, Tensor))]
         for _ in range(2):  # the first time, kernels try out their configurations and caches fill
-            step = Step(Ledger(device, owned))
+            scratch = workspaces_on(device)  # which stay: the second time all of them are there
+            step = Step(Ledger(device, [*owned, *scratch]))
             step.run(model, arguments, loss)
     if not step.blocks:
         raise LoRAError(f"the forward of {type(model).__name__} ran none of its blocks through the checkpointing hook.")
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return step.sums(trainable, device.type)
+    return step.sums(trainable, sum(x.nbytes for x in scratch), device.type)
 
 
 class Mark(NamedTuple):
@@ -273,7 +276,7 @@ class Step:
         block.working_again = max(block.working_again, working, forward + sum(x.nbytes for x in outputs))
         return tree_map_only(Tensor, lambda x: cut(x, self.anchor), result)
 
-    def sums(self, trainable: int, device: str) -> Measured:
+    def sums(self, trainable: int, scratch: int, device: str) -> Measured:
         """The sizes added up, each piece of memory with the one block that it belongs to, or with the constant."""
         blocks, mark = list(self.blocks.values()), self.ledger.mark
         uses = Counter(number for b in blocks for number in b.inputs | b.bound | b.saves)
@@ -288,9 +291,9 @@ class Step:
         for block in blocks:
             block.input, block.saved = alone(block.inputs), alone(block.saves)
             block.others = alone({n: size for n, size in block.present.items() if n not in block.inputs})
-        constant = trainable + sum(shared.values())
+        constant = trainable + scratch + sum(shared.values())
         loss_working = alone(mark.live) + self.ledger.most - mark.held
-        before = trainable + self.before_blocks
+        before = trainable + scratch + self.before_blocks
         return Measured(blocks, self.ledger.outside, constant, before, loss_working, device)
 
 

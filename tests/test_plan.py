@@ -15,6 +15,7 @@ import lora
 from benchmarks import planning
 from lora import LoRAConfig, LoRAError, cli, gpus, models
 from lora.dry_run import WithoutNumbers, rehearse
+from lora.fast.workspace import release_workspaces
 from lora.forecast import forecast
 from lora.gpus import card_named
 from lora.measure import measure
@@ -99,7 +100,8 @@ def test_the_peak_is_within_a_tenth_of_the_allocators(
     ],
 )
 def test_a_step_without_numbers_is_measured_as_a_live_one_is(backend, name, quantization):
-    """Byte for byte, block by block, but for the workspace that is there before a live step is measured."""
+    """Byte for byte, block by block. (The reference decodes NF4 otherwise without numbers.)"""
+    release_workspaces()  # other tests'
     ids = torch.ones((2, 24), dtype=torch.long)
     with lora.use_backend(backend):
         model = live(MODELS[name](), quantization, 4)
@@ -113,9 +115,9 @@ def test_a_step_without_numbers_is_measured_as_a_live_one_is(backend, name, quan
         for one, other in zip(found.blocks, expected.blocks, strict=True):
             kept = ("path", "input", "saved", "attention", "arithmetic", "attention_arithmetic", "calls")
             assert [getattr(one, key) for key in kept] == [getattr(other, key) for key in kept]
-            if quantization == "none":
+            if quantization == "none" or backend == "fast":
                 assert (one.working, one.working_again) == (other.working, other.working_again)
-        if quantization == "none":
+        if quantization == "none" or backend == "fast":
             assert found.constant == expected.constant
             assert found.loss_working == pytest.approx(expected.loss_working, abs=8)  # a count that was looked at
         assert held_by(bare) == held_by(model)

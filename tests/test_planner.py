@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora
 from lora import LoRAConfig, LoRAError
-from lora.fast import workspace
+from lora.fast.workspace import release_workspaces, workspaces_on
 from lora.measure import Block, Ledger, Measured, Step, measure
 from lora.planner import Problem, bytes_of, readable
 
@@ -80,18 +80,19 @@ def bytes_of_a_step(model) -> tuple[int, int]:
     """Bytes between forward and backward, the loss left out, and at the peak, gradients included."""
     step(model)  # gradients are there, as in the second of accumulated batches
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    scratch = workspace._workspaces.values()  # there since the step before
+    scratch = workspaces_on(torch.device("cpu"))  # there since the step before
     with Live(*model.parameters(), *model.buffers(), *BATCH.values(), *gradients, *scratch) as live:
         loss = model(**BATCH).loss
         kept = live.now - loss.nbytes
         loss.backward()
-    return kept, live.peak + sum(gradient.nbytes for gradient in gradients)
+    return kept, live.peak + sum(x.nbytes for x in (*gradients, *scratch))
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"use_dora": True}], ids=["dropout", "dora"])
 def test_a_step_takes_what_is_predicted(backend, family, options):
+    release_workspaces()
     with lora.use_backend(backend):
         model = adapted(family, **options)
         expected_loss, expected = step(lora.for_training(model))
@@ -292,8 +293,8 @@ def test_what_every_checkpoint_holds_belongs_to_no_plan():
         "a": Block("a", inputs={3: 7}, bound={1: 100}, saves={1: 100, 2: 5, 4: 11}),
         "b": Block("b", inputs={5: 9}, saves={4: 11, 5: 9, 6: 2}),
     }
-    sums = measured.sums(1000, "cpu")
-    assert sums.constant == 1000 + 100 + 11
+    sums = measured.sums(1000, 10, "cpu")
+    assert sums.constant == 1000 + 10 + 100 + 11
     assert [(b.input, b.saved) for b in sums.blocks] == [(7, 5), (9, 11)]
     assert sums.kept_by(["recompute", "none"]) == 100 + 7 + 11 + 9 + 2
     assert sums.kept_by(["offload", "recompute"]) == 100 + 9

@@ -24,6 +24,11 @@ def workspace(count: int, dtype: torch.dtype, device: torch.device, purpose: str
     return _workspaces[key][:count]
 
 
+def workspaces_on(device: torch.device) -> list[Tensor]:
+    """The scratch memory that a device holds now."""
+    return [x for x in _workspaces.values() if x.device == device]
+
+
 def release_workspaces(kind: str | None = None) -> None:
     """Gives the scratch memory back, of one type of device or of all; who needs it next takes new."""
     for key in [key for key in _workspaces if kind in (None, key[1].type)]:
