@@ -22,7 +22,7 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # 2. PiSSA starts with $s\,BA$ equal to the largest singular part of $W$. Is the output at step 0 still the base
 #    model's?
 # 3. At the same learning rate, which of LoRA, LoRA+, PiSSA, OLoRA and DoRA is lowest after a dozen steps? And if each
-#    gets its own best learning rate?
+#    gets the best of three learning rates?
 #
 # ## The derivation: alpha over what?
 #
@@ -186,45 +186,39 @@ assert abs(results["DoRA"]["held"] - results["LoRA"]["held"]) < 0.05
 # All five start at the base model (prediction 2). At this learning rate LoRA and DoRA gain least, and they are also the
 # two that moved the weights least: $B$ starts at zero and reads a small $Ax$. LoRA+ makes $B$'s steps longer; PiSSA and
 # OLoRA start with larger factors, so that the same $\eta$ moves the product further. Is their lead more than longer
-# steps? Give *each* method its own best learning rate: rates a factor of 4 apart, until the best one has a worse one on
-# both sides.
-
+# steps? Give *each* method three learning rates, a factor of 4 apart, and take its best.
 
 # %%
-def by_rate(name: str) -> dict[float, float]:
-    """The held-out loss by learning rate, around the best."""
-    found = {5e-4: results[name]["held"]}
-    while True:
-        best = min(found, key=found.get)
-        missing = [lr for lr in (best / 4, best * 4) if lr not in found]
-        if not missing:
-            return dict(sorted(found.items()))
-        found[missing[-1]] = run(lr=missing[-1], r=8, lora_alpha=8, **methods[name])["held"]
-
-
-tuned = {name: by_rate(name) for name in methods}
+rates = (5e-4, 2e-3, 8e-3)
+tuned = {
+    name: {5e-4: results[name]["held"]} | {lr: run(lr=lr, r=8, lora_alpha=8, **choices)["held"] for lr in rates[1:]}
+    for name, choices in methods.items()
+}
 best = {name: min(found, key=found.get) for name, found in tuned.items()}
 at_best = {name: tuned[name][best[name]] for name in methods}
 
 ax = axes(width=5.4)
 for (name, found), marker in zip(tuned.items(), "osv^D", strict=True):
     ax.semilogx(list(found), list(found.values()), f"{marker}-", ms=5, alpha=0.8, label=name)
+ax.set_ylim(min(at_best.values()) - 0.05, base_loss)  # what is above is worse than no training
 finish(ax, "held-out loss after 12 steps", "learning rate (of A)", "nats a token", legend=True)
 
+print(f"{'learning rate':<14}" + "".join(f"{lr:>9.4f}" for lr in rates) + "     best")
 for name, found in tuned.items():
-    print(f"{name:<6} best at {best[name]:.1e}: {at_best[name]:.3f}   of " + ", ".join(
-        f"{lr:.1e}: {value:.3f}" for lr, value in found.items()))  # fmt: skip
+    print(f"{name:<14}" + "".join(f"{value:9.3f}" for value in found.values()) + f"{best[name]:9.4f}")
 at_one = [result["held"] for result in results.values()]
 apart_at_one, apart_at_best = max(at_one) - min(at_one), max(at_best.values()) - min(at_best.values())
 print(f"best and worst method are {apart_at_one:.3f} apart at 5e-4, {apart_at_best:.3f} each at its best rate")
-assert best["LoRA"] == best["DoRA"] == 4 * best["LoRA+"] == 4 * best["PiSSA"] == 4 * best["OLoRA"]
+gained = {name: results[name]["held"] - at_best[name] for name in methods}  # by another rate than 5e-4
+assert all(gained[name] > 0.1 for name in ("LoRA", "DoRA"))
+assert all(0 <= gained[name] < 0.05 for name in ("LoRA+", "PiSSA", "OLoRA"))
 assert apart_at_best < 0.35 * apart_at_one
 
 # %% [markdown]
-# At one learning rate the methods looked far apart. Each at its own best rate (of this coarse grid) they are a small
-# part of that apart, and LoRA's and DoRA's best rate is four times that of the others. So here most of the difference
-# *was* the learning rate. Which method is ahead by what is left, this experiment cannot say: twelve steps, one order of
-# the data, 16 held-out pairs. Tune each method by itself before you believe a bar chart, the one above included.
+# At one learning rate the methods looked far apart. Each at its best of three rates they are a small part of that
+# apart: LoRA and DoRA gained from a larger rate, the other three hardly. So here most of the difference *was* the
+# learning rate. Which method is ahead by what is left, this experiment cannot say: twelve steps, one order of the data,
+# 16 held-out pairs, three rates. Tune each method by itself before you believe a bar chart, the one above included.
 #
 # **The answer**, as far as this notebook goes. The rank bounds what can be learnt, and DoRA changes the function.
 # $\alpha$ and `use_rslora` set the scaling: how far a step goes, which is the learning rate's work too. LoRA+, PiSSA
