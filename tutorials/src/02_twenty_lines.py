@@ -5,6 +5,7 @@
 # start, what moves at the first step, and what does not?
 
 # %% tags=["setup"]
+import copy
 import inspect
 
 import torch
@@ -20,7 +21,7 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # With $h = Wx + s\,BAx$, $A$ random and $B = 0$:
 #
-# 1. Is the model's output at step 0 *close* to the frozen model's, or *bit for bit* equal?
+# 1. Is the layer's output at step 0 *close* to the frozen layer's, or *bit for bit* equal?
 # 2. After the first backward, which of `lora_A.grad` and `lora_B.grad` is zero? Which becomes non-zero when?
 # 3. If both started at zero, what would happen? If both started at random?
 #
@@ -42,8 +43,11 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # %% [markdown]
 # ## The twenty lines
 #
-# A layer that holds a frozen linear layer and two small matrices. It has no maths of its own: it hands everything to
-# `lora.ops.lora_linear`, as the project's own [`LoRALinear`](../lora/layers.py) does.
+# A layer that holds a frozen linear layer and two small matrices. It has no maths of its own: it packs what it holds
+# into a `lora.Projection` and hands that to `lora.ops.lora_linear`, as the project's own
+# [`LoRALinear`](../lora/layers.py) does. A `Projection` is a named tuple, one linear map with its adapter:
+# `Projection(weight, bias, lora_A, lora_B, scaling, magnitude)`. The last is DoRA's and stays away until
+# [notebook 5](05_rank_alpha_init.ipynb).
 
 
 # %% tags=["setup"]
@@ -65,14 +69,28 @@ class TinyLoRA(nn.Module):
 
 
 # %% [markdown]
-# And this is what `lora_linear` does without dropout, DoRA and NF4. Read the real one:
+# And this is `lora_linear` itself, in the project's reference. We leave out its docstring and its last lines, which are
+# DoRA's. Names in it that you have not met:
+#
+# | in the code | what it is here |
+# |---|---|
+# | `frozen_linear(x, weight, bias)` | $xW^\top + b$ (a weight in 4 bits too: [notebook 6](06_nf4_qlora.ipynb)) |
+# | `F.linear(x, A)` | torch's $xA^\top$ |
+# | `apply_dropout(x, dropout)` | `x` itself, for without dropout `dropout` is `None` |
+# | `u` | $s\,xA^\top$, with the scaling in it |
+# | `magnitude` | `None`: DoRA's, not ours |
 
 # %%
 methods = (TinyLoRA.__init__, TinyLoRA.forward)
 assert 2 + sum(len(inspect.getsource(method).splitlines()) for method in methods) <= 20  # as promised
 
-source = inspect.getsource(lora.reference.lora_linear)
-print("def lora_linear(x, projection, *, dropout=None):" + source.split('"""')[2])
+body = inspect.getsource(lora.reference.lora_linear).split('"""')[2]
+ours, doras = body.split("        return h + update\n")
+print("def lora_linear(x, projection, *, dropout=None):" + ours + "        return h + update")
+assert "magnitude" in doras  # what is left out is DoRA's
+
+# %% [markdown]
+# Now the predictions, on a layer of 48 inputs and 32 outputs. `dy` stands for the gradient that a loss would send.
 
 # %%
 torch.manual_seed(0)
@@ -80,7 +98,9 @@ linear = nn.Linear(48, 32)
 layer = TinyLoRA(linear, r=4, alpha=8)
 x, dy = torch.randn(10, 48), torch.randn(10, 32)
 
-assert torch.equal(layer(x), linear(x))  # prediction 1: x + 0 is x, so bit for bit
+by_hand = x @ linear.weight.T + linear.bias + layer.scaling * (x @ layer.lora_A.T) @ layer.lora_B.T
+assert_close(layer(x), by_hand, "h")
+assert torch.equal(layer(x), linear(x))  # prediction 1: h + 0 is h, so bit for bit
 
 layer(x).backward(dy)
 G = dy.T @ x  # [32, 48]: the gradient that W would have
@@ -97,14 +117,39 @@ layer.zero_grad()
 layer(x).backward(dy)
 assert torch.count_nonzero(layer.lora_A.grad) == layer.lora_A.numel()  # from the second step on, A moves too
 
-torch.nn.init.normal_(layer.lora_B)
-assert not torch.allclose(layer(x), linear(x), atol=0.1)  # prediction 3: both random, and step 0 is another model
+# %% [markdown]
+# Prediction 3, in numbers: four starts, what each does to the output at step 0, and what its first backward gives.
+
+# %%
+starts = {}
+for name, (scale_A, scale_B) in {
+    "A random, B zero": (1, 0),
+    "A zero, B random": (0, 1),
+    "both zero": (0, 0),
+    "both random": (1, 1),
+}.items():
+    torch.manual_seed(1)
+    probe = TinyLoRA(linear, r=4, alpha=8)
+    with torch.no_grad():
+        probe.lora_B.normal_(std=0.1)
+        probe.lora_A *= scale_A
+        probe.lora_B *= scale_B
+    probe(x).backward(dy)
+    changed = float((probe(x) - linear(x)).detach().abs().max())
+    starts[name] = changed, float(probe.lora_A.grad.norm()), float(probe.lora_B.grad.norm())
+    print(f"{name}: output moved by {changed:.2f}, ‖dA‖ = {starts[name][1]:6.2f}, ‖dB‖ = {starts[name][2]:6.2f}")
+
+assert [name for name, (changed, _, _) in starts.items() if changed > 0] == ["both random"]  # not the frozen model
+assert starts["both zero"][1:] == (0, 0)  # no gradient: nothing ever moves
+assert starts["A random, B zero"][1] == 0 < starts["A random, B zero"][2]
+assert starts["A zero, B random"][2] == 0 < starts["A zero, B random"][1]
 
 # %% [markdown]
 # ## The same on a real model
 #
-# `lora.inject` puts such a layer around every linear layer of a model; here it is the last four blocks of SmolLM2.
-# Twelve steps of plain gradient descent on eight docstrings; we record how far $A$ and $B$ have moved.
+# `lora.inject` puts such a layer around every linear layer of a model but its output head; here the model is the last
+# four blocks of SmolLM2. Twelve steps of plain gradient descent on eight docstrings, always the same batch, one seed;
+# we record how far $A$ and $B$ have moved. Then the same once more with $A$ frozen where it started.
 
 # %%
 BLOCKS = 4
@@ -121,6 +166,7 @@ print(lora.trainable_parameters(top))
 assert workshop.loss_of(top, data[0]).item() == frozen.item()
 
 # %%
+fixed = copy.deepcopy(top)  # the same start, for the run with A frozen
 A = [p for n, p in top.named_parameters() if "lora_A" in n]
 B = [p for n, p in top.named_parameters() if "lora_B" in n]
 A0 = [p.detach().clone() for p in A]
@@ -141,6 +187,9 @@ for _ in range(12):
     grad_A.append(norm([p.grad for p in A]))
     grad_B.append(norm([p.grad for p in B]))
 
+only_B = torch.optim.SGD([p for n, p in fixed.named_parameters() if "lora_B" in n], lr=0.05)
+losses_fixed = workshop.train(fixed, only_B, data * 12)
+
 left, right = axes(2)
 left.plot(grad_A, "o-", color=COLOURS[0], label="‖dA‖")
 left.plot(grad_B, "s-", color=COLOURS[1], label="‖dB‖")
@@ -149,60 +198,82 @@ right.plot(moved_A, "o-", color=COLOURS[0], label="‖A − A₀‖")
 right.plot(moved_B, "s-", color=COLOURS[1], label="‖B‖")
 finish(right, "how far the factors have moved", "step", legend=True)
 
-print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; A moved {moved_A[-1]:.3f}, B moved {moved_B[-1]:.3f}")
+by_B = (losses[0] - losses_fixed[-1]) / (losses[0] - losses[-1])
+print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, with A frozen {losses_fixed[-1]:.3f}: {by_B:.0%} of the decrease")
+print(f"A moved {moved_A[-1]:.3f}, {moved_A[-1] / norm(A0):.2%} of its norm; B moved {moved_B[-1]:.3f}, from zero")
 assert grad_A[0] == 0 and grad_A[1] > 0 and grad_B[0] > 0
 assert moved_A[1] == 0 and moved_B[1] > 0  # the first step moved B alone
-assert moved_B[-1] > 2 * moved_A[-1]  # and B stays ahead: A's gradient is in proportion to B
+assert all(b > a for a, b in zip(moved_A[1:], moved_B[1:], strict=True))  # and B stays ahead, in these twelve
 assert moved_A[-1] < 0.05 * norm(A0)  # a small part of what A was from the start
 assert losses[-1] < losses[0]
+assert 0.3 < by_B < 0.95  # B alone gets a good part of it, not all
 
 # %% [markdown]
-# $dA = s\,(dy\,B)^\top x$ is in proportion to $B$, which starts at zero, while $A$ starts large: for many steps LoRA is
-# nearly a *linear* model, with fixed random features $Ax$ and trained weights $B$. [Notebook
-# 5](05_rank_alpha_init.ipynb) asks what follows for learning rates.
+# $dA = s\,(dy\,B)^\top x$ is in proportion to $B$, which starts at zero, while $A$ starts large. So in these first
+# steps $A$ changes by a small part of itself. With $A$ frozen a layer would be a *linear* model, with fixed random
+# features $Ax$ and trained weights $B$. The last run is that model: it gets a good part of the decrease, and not all.
+# So even a small move of $A$ counts. [Notebook 5](05_rank_alpha_init.ipynb) asks what the start means for learning
+# rates.
 #
 # ## How much of the gradient does a random $A$ let through?
 #
 # The first step is $-\eta s^2 G A^\top A$. If the rows of $A$ were exactly orthogonal, $A^\top A$ would be a projection
-# onto $r$ of `in` dimensions, and for a $G$ without preference among them
+# onto $r$ of `in` dimensions, and with a random row space
 #
 # $$\cos(\Delta W, -G) = \frac{\langle GA^\top A, G\rangle}{\lVert GA^\top A\rVert\,\lVert G\rVert} =
-# \frac{\lVert G A^\top\rVert}{\lVert G\rVert} \approx \sqrt{r / \text{in}} .$$
+# \frac{\lVert G A^\top\rVert}{\lVert G\rVert} \approx \sqrt{r / \text{in}} :$$
 #
-# A real $G$, from few tokens, has few directions of its own; then the cosine varies more from one draw of $A$ to the
-# next, but its average size is the same.
+# $r/\text{in}$ is the mean of the squared cosine, whatever $G$ is. How far single draws are from it does depend on $G$:
+# one with few directions of its own meets a random $A$ well or badly. So we take two of them for 576 inputs. One is
+# random, with many directions; the other is the gradient of the batch above with respect to a real weight.
 
 # %%
 torch.manual_seed(0)
-in_features, tokens = 256, 512
-G = torch.randn(64, tokens) @ torch.randn(tokens, in_features)
-ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+in_features, draws = 576, 40
+frozen_top = workshop.last_blocks(model, BLOCKS)
+weight = frozen_top.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)  # [576, 576]
+(real,) = torch.autograd.grad(workshop.loss_of(frozen_top, data[0]), weight)
+gradients = {"random G": torch.randn(64, in_features), "real G": real}
+ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256, 576]
 
 
-def cosine(r: int) -> float:
+def cosine(G: torch.Tensor, r: int) -> float:
     """Between LoRA's first step with a random A of rank r and the step of full fine-tuning."""
-    probe = TinyLoRA(nn.Linear(in_features, 64), r, alpha=r)
+    probe = TinyLoRA(nn.Linear(in_features, 1), r, alpha=r)
     step = G @ probe.lora_A.T @ probe.lora_A
     return float((step * G).sum() / (step.norm() * G.norm()))
 
 
 with torch.no_grad():
-    measured = torch.tensor([[cosine(r) for _ in range(10)] for r in ranks])  # [ranks, draws]
+    measured = {n: torch.tensor([[cosine(G, r) for _ in range(draws)] for r in ranks]) for n, G in gradients.items()}
+root_mean_square = {n: cosines.square().mean(1).sqrt() for n, cosines in measured.items()}  # [ranks]
 orthogonal = (torch.tensor(ranks) / in_features).sqrt()
 random = 1 / (1 + in_features / torch.tensor(ranks)).sqrt()  # rows that are random, not orthogonal: see below
 
-ax = axes()
-ax.loglog(ranks, measured.mean(1), "o", label="measured, mean of 10 draws")
+ax = axes(width=5.6, height=3.6)
+for (n, cosines), colour, shift in zip(measured.items(), COLOURS[2:], (0.93, 1.07), strict=False):
+    across = torch.tensor(ranks) * shift
+    ax.plot(across, cosines, ".", color=colour, alpha=0.3, ms=3)
+    ax.plot(across, root_mean_square[n], "o", color=colour, ms=4, label=f"{n}: root mean square of {draws} draws")
 ax.loglog(ranks, orthogonal, "-", label=r"$\sqrt{r/\mathrm{in}}$, orthogonal rows")
 ax.loglog(ranks, random, "--", label=r"$\sqrt{r/(r+\mathrm{in})}$, random rows")
 finish(ax, "the first step against full fine-tuning's", "r", "cosine", legend=True)
 
-assert_close(measured.mean(1), random, "the mean cosine", rtol=0.1)
+spread = {n: float(cosines[3].std() / cosines[3].mean()) for n, cosines in measured.items()}
+print(f"r = {ranks[3]}, standard deviation over the mean: " + ", ".join(f"{n} {v:.0%}" for n, v in spread.items()))
+assert_close(root_mean_square["random G"], random, "the cosine", rtol=0.1)
+assert_close(root_mean_square["real G"], random, "the cosine", rtol=0.3)
+assert spread["real G"] > spread["random G"]
+assert (orthogonal / random)[:5].max() < 1.03 and (orthogonal / random)[-1] > 1.4  # alike up to r = 16, not at 576
 
 # %% [markdown]
 # For small ranks the two curves agree. For large ones the rows of a random $A$ overlap: $A^\top A$ stretches some
 # directions more than others. Its eigenvalues have mean $r$ and variance $r\cdot\text{in}$ over the `in` directions (in
 # units of one entry's variance, Marchenko and Pastur), which gives the $r/(r + \text{in})$ under the root.
+#
+# **The answer.** One factor is zero so that step 0 is the frozen model; the other is not, so that something has a
+# gradient. With $B = 0$ the first step moves $B$ alone, and moves the weight by the gradient's part that a random $A$
+# lets through: a cosine of about $\sqrt{r/\text{in}}$ with the step of full fine-tuning.
 #
 # ## Exercises
 #
@@ -235,36 +306,40 @@ def check_lora_forward(answer):
 # ```
 # </details>
 #
-# **Exercise 2.** Start both factors at zero. Return the pair (is `dA` zero?, is `dB` zero?) for *every* $x$ and $dy$.
+# **Exercise 2.** Both gradients from $W$'s own: given $G = dy^\top x$ and neither $x$ nor $dy$, return `(dA, dB)`. Then
+# read off why nothing moves from $A = B = 0$.
 
 
 # %% tags=["exercise"]
-def both_zero():
-    """(whether dA is always zero, whether dB is always zero), where A = 0 and B = 0."""
+def factor_gradients(G, A, B, s):
+    """(dA, dB) of h = x Wᵀ + s (x Aᵀ) Bᵀ, where W's own gradient would be G [out, in]."""
     raise NotImplementedError
 
 
 # %% tags=["checker"]
-@checks(both_zero)
-def check_both_zero(answer):
-    probe = TinyLoRA(nn.Linear(6, 3), r=2, alpha=2)
-    nn.init.zeros_(probe.lora_A)
-    probe(torch.ones(4, 6)).sum().backward()
-    truth = tuple(not p.grad.any() for p in (probe.lora_A, probe.lora_B))
-    found = answer()
-    assert isinstance(found, tuple) and len(found) == 2, f"it is {found!r}, expected a pair of booleans."
-    assert found == truth, f"{found} is not what a backward gives: look at dB = s dyᵀ (x Aᵀ) with A = 0."
+@checks(factor_gradients)
+def check_factor_gradients(answer):
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((9, 6), (9, 5), (2, 6), (5, 2))
+    for scale_A, scale_B in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        x, dy, A, B = (torch.randn(*shape, generator=generator) for shape in shapes)
+        A, B = scale_A * A, scale_B * B
+        truth = lora.reference.linear.lora_linear_backward(dy, x, Projection(torch.zeros(5, 6), None, A, B, 1.5))
+        found = answer(dy.T @ x, A, B, 1.5)
+        assert isinstance(found, tuple) and len(found) == 2, "expected the pair (dA, dB)."
+        assert_close(found[0], truth.dlora_A, "dA", atol=1e-5)
+        assert_close(found[1], truth.dlora_B, "dB", atol=1e-5)
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def both_zero():
-#     return (True, True)
+# def factor_gradients(G, A, B, s):
+#     return s * B.T @ G, s * G @ A.T
 # ```
 #
-# $A = B = 0$ is a saddle: each gradient has the other factor in it, and nothing ever moves.
+# Each gradient has the *other* factor in it. At $A = B = 0$ both are zero whatever $G$ is, and nothing ever moves.
 # </details>
 #
 # **Exercise 3.** The mirror image: $A = 0$, $B$ random, also starts at the frozen model. Write the weight change

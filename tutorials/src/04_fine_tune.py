@@ -8,23 +8,28 @@
 import copy
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import workshop
 from lora.train.sampling import answer
-from workshop import assert_close, axes, checks, docstrings, finish
+from workshop import COLOURS, assert_close, axes, checks, docstrings, finish
 
 # %% [markdown]
 # ## Predict
 #
-# SmolLM2-135M in float32 is 538 MB of weights. For one training step with AdamW on about 200 tokens, fill in this table
-# before you go on (MB; r = 16 on all linear layers makes 4.9 million trainable numbers):
+# SmolLM2-135M in float32 is 538 MB of weights. For one training step with AdamW on 228 tokens, fill in this table
+# before you go on (MB; r = 16 on the seven linear layers of every block makes 4.9 million trainable numbers). *Saved
+# activations* are what the forward keeps for the backward.
 #
 # | | weights | gradients | optimizer | saved activations |
 # |---|---|---|---|---|
 # | full fine-tuning | 538 | ? | ? | ? |
 # | LoRA | ? | ? | ? | ? |
 # | QLoRA | ? | ? | ? | ? |
+#
+# Two more guesses. Does *merging* an adapter into the weights change the outputs? And what does an adapter trained on
+# one task do to another?
 #
 # ## The derivation
 #
@@ -34,10 +39,12 @@ from workshop import assert_close, axes, checks, docstrings, finish
 # $$\underbrace{4P}_{\text{weights}} + \underbrace{4p}_{\text{gradients}} + \underbrace{8p}_{\text{Adam}} +
 # \text{activations}(\text{tokens}) .$$
 #
-# Full fine-tuning has $p = P$. With LoRA, $p = \sum r\,(\text{in} + \text{out})$ over the adapted layers. QLoRA
-# stores the frozen weights in 4.127 bits instead of 32. Nothing in the formula says that *activations* shrink: a
-# frozen layer still needs its weight to hand on $dx$, but no longer its input $x$ for $dW$; yet $dA$ needs that same
-# $x$.
+# Full fine-tuning has $p = P$. With LoRA, $p = \sum r\,(\text{in} + \text{out})$ over the adapted layers, on top of the
+# $P$ that are frozen. QLoRA stores the weights of the adapted layers in 4.127 bits instead of 32. Nothing in the
+# formula says that *activations* shrink: a frozen layer no longer needs its input $x$ for $dW$; yet $dA$ needs that
+# same $x$.
+#
+# Everything below is one model, one seed and one short run.
 
 # %%
 model, tokenizer = lora.load("smollm2-135m-instruct")
@@ -71,6 +78,7 @@ def ledger(model, batch) -> dict[str, int]:
 model.requires_grad_(True)
 table = {"full": ledger(model, data[0])}
 P = sum(p.numel() for p in model.parameters())
+assert data[0].ids.numel() == 228
 assert table["full"]["gradients"] == table["full"]["weights"] == 4 * P
 assert table["full"]["optimizer"] == 8 * P
 
@@ -79,9 +87,17 @@ assert table["full"]["optimizer"] == 8 * P
 
 # %%
 config = lora.LoRAConfig(r=16, lora_alpha=32)
-small = lora.inject(lora.quantize(copy.deepcopy(model)), config)
-table["QLoRA"] = ledger(lora.for_training(small), data[0])
-del small
+small = lora.quantize(copy.deepcopy(model))
+quantised = [m for m in small.modules() if type(m).__name__ == "NF4Linear"]
+bits = (
+    8
+    * sum(p.nbytes for m in quantised for p in m.parameters())
+    / sum(m.in_features * m.out_features for m in quantised)
+)
+print(f"{len(quantised)} weights in {bits:.3f} bits a number")
+assert len(quantised) == 210 and abs(bits - 4.127) < 2e-3
+table["QLoRA"] = ledger(lora.for_training(lora.inject(small, config)), data[0])
+del small, quantised
 
 lora.inject(model, config)
 lora.for_training(model)
@@ -106,25 +122,48 @@ ax.invert_yaxis()
 finish(ax, f"one training step on {data[0].ids.numel()} tokens", "MB", legend=True)
 
 p = trainable.trainable
-assert table["LoRA"]["gradients"] == 4 * p and table["LoRA"]["optimizer"] == 8 * p
-assert p < 0.04 * P
-assert table["QLoRA"]["gradients"] == table["LoRA"]["gradients"]
-assert table["QLoRA"]["weights"] < 0.4 * table["LoRA"]["weights"]
-assert table["LoRA"]["activations"] > 0.5 * table["full"]["activations"]  # activations do not shrink much
+embedding = model.get_input_embeddings().weight.nbytes
+half = workshop.batch(tokenizer, train_pairs[:2])
+of_half = workshop.saved_bytes(lambda: workshop.loss_of(model, half), [*model.parameters(), *model.buffers()])
+print(f"p / P = {p / P:.1%}; the embedding is {embedding / (4 * P):.0%} of the weights, and stays in float32")
+print(f"activations of LoRA: {table['LoRA']['activations'] / table['full']['activations']:.0%} of full fine-tuning's; "
+      f"for {half.ids.numel()} tokens {of_half / 1e6:.1f} MB")  # fmt: skip
+assert table["LoRA"]["weights"] == 4 * (P + p)
+assert table["LoRA"]["gradients"] == 4 * p and table["LoRA"]["optimizer"] == 8 * p and p < 0.04 * P
+assert all(table["QLoRA"][kind] == table["LoRA"][kind] for kind in ("gradients", "optimizer"))
+assert table["QLoRA"]["weights"] < 0.4 * table["LoRA"]["weights"] and 0.2 < embedding / (4 * P) < 0.22
+assert table["LoRA"]["activations"] > 0.8 * table["full"]["activations"]  # activations hardly shrink
+assert abs(table["QLoRA"]["activations"] / table["LoRA"]["activations"] - 1) < 0.01
+assert half.ids.numel() < data[0].ids.numel() and of_half < 0.8 * table["LoRA"]["activations"]  # they grow with tokens
 
 # %% [markdown]
-# So: gradients and optimizer state all but vanish, by $p/P$. The weights stay until you quantise them; in this small
-# model the embedding, a fifth of all numbers, stays in float32. **Activations hardly change**, and they grow with the
-# tokens while everything else stays: [notebook 8](08_memory.ipynb) is about them.
+# **The answer.** Gradients and optimizer state all but vanish: they go from $P$ to $p$. The weights stay until you
+# quantise them; in this small model the embedding, a fifth of all numbers, stays in float32. **Activations hardly
+# change**, and they grow with the tokens while everything else stays: [notebook 8](08_memory.ipynb) is about them.
 #
 # ## Train it
+#
+# Twelve steps of four examples each, and each example once. Batches differ more than steps do, so the plot shows each
+# step's loss beside the base model's on the same batch.
 
 # %%
+with lora.disable_adapters(model):
+    losses_before = [workshop.mean_loss(model, [each]) for each in data]
 torch.manual_seed(0)
 optimizer = torch.optim.AdamW(trainable, lr=1e-3)
 losses = workshop.train(model, optimizer, data)
 lora.for_inference(model)
 loss_after = workshop.mean_loss(model, held)
+
+ax = axes(width=5.4)
+ax.plot(losses_before, "s--", color=COLOURS[5], label="base model")
+ax.plot(losses, "o-", color=COLOURS[0], label="LoRA, before its step on the batch")
+ax.fill_between(range(len(data)), losses, losses_before, color=COLOURS[0], alpha=0.1)
+finish(ax, "loss of each batch of the run", "step", "nats a token", legend=True)
+gaps = [old - new for old, new in zip(losses_before, losses, strict=True)]
+assert abs(gaps[0]) < 1e-4  # B is zero: the first batch meets the base model
+assert min(gaps[6:]) > 0.1  # in the second half every batch, not seen before, is easier than it was
+
 after = answer(model, tokenizer, prompts, max_new_tokens=20)
 
 print(f"held-out loss {loss_before:.2f} -> {loss_after:.2f} nats a token, after {len(data)} steps\n")
@@ -137,31 +176,73 @@ assert after != before
 # %% [markdown]
 # ## Merge
 #
-# $W' = W + sBA$ is a plain weight: inference then costs what the base model costs. `merge` keeps the originals, so that
-# `unmerge` gives them back *bit for bit*. (Subtracting $sBA$ again would not: try it in exercise 2.)
+# $W' = W + sBA$ is a plain weight: inference then takes the base model's operations, no more. `merge` keeps the
+# originals, so that `unmerge` gives them back *bit for bit*. (Subtracting $sBA$ again would not: try it in exercise 2.)
+#
+# `merge` makes the sum in float32 and rounds it once, to the type of the weight. It returns what that last rounding
+# costs for each layer. For float32 weights it is *exactly* zero: there is nothing left to round. Two roundings remain
+# that it does not count, both of float32: the sum itself, which we compare with float64 below, and the forward, which
+# sums in another order, $xW'^\top$ instead of $xW^\top + s(xA^\top)B^\top$. They are why logits move at all. With
+# bfloat16 weights the last rounding is no longer zero: the last line does it to one layer.
 
 # %%
 batch = held[0].arguments()
-with torch.no_grad():
-    adapted = model(**batch).logits
-    originals = {n: w.clone() for n, w in model.named_parameters() if n.endswith("base_layer.weight")}
-    errors = lora.merge(model)  # each layer's relative rounding error
-    merged = model(**batch).logits
-    lora.unmerge(model)
-    again = model(**batch).logits
 
-print(f"merging moved a logit by at most {float((merged - adapted).abs().max()):.1e}; they reach {adapted.max():.0f}")
-print(f"rounding of the merged weights: {max(errors.values()):.1e} of their norm, at most")
-assert len(errors) == 210 and max(errors.values()) < 1e-7
-assert (merged - adapted).abs().max() < 1e-2
+
+@torch.no_grad()
+def forward() -> tuple[torch.Tensor, int]:
+    """(logits, operations of all matrix products)."""
+    with FlopCounterMode(display=False) as counter:
+        logits = model(**batch).logits
+    return logits, counter.get_total_flops()
+
+
+def error_of(weight: torch.Tensor, exact: torch.Tensor) -> float:
+    """The difference's norm over the exact weight's."""
+    return float((weight.double() - exact).norm() / exact.norm())
+
+
+with lora.disable_adapters(model):
+    base, of_base = forward()
+adapted, of_adapted = forward()
+layer = model.model.layers[0].mlp.down_proj
+A, B = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
+W = layer.base_layer.weight.clone()
+originals = {n: w.clone() for n, w in model.named_parameters() if n.endswith("base_layer.weight")}
+
+errors = lora.merge(model)  # by layer
+of_sum = error_of(layer.base_layer.weight, W.double() + config.lora_alpha / config.r * B.double() @ A.double())
+merged, of_merged = forward()
+lora.unmerge(model)
+again, _ = forward()
+
+W_half = W.bfloat16()
+stored = lora.ops.merge_weight(lora.Projection(W_half, None, A, B, config.lora_alpha / config.r))  # what merge calls
+of_bfloat16 = error_of(stored, W_half.double() + config.lora_alpha / config.r * B.double() @ A.double())
+
+moved, by_adapter = (float((each - adapted).abs().max()) for each in (merged, base))
+print(f"operations, the base model's being 1: adapter {of_adapted / of_base:.3f}, merged {of_merged / of_base:.3f}")
+print(f"logits reach {adapted.max():.0f}; the adapter moves one by {by_adapter:.0f} at most, merging by {moved:.0e}")
+print("error of the merged weights, relative to their norm:")
+print(f"   as merge counts it, float32 stored as float32: {'exactly 0' if not any(errors.values()) else errors}")
+print(f"   the float32 sum against float64's, one layer:  {of_sum:.0e}")
+print(f"   stored as bfloat16, the same layer:            {of_bfloat16:.0e}")
+assert len(errors) == 210 and not any(errors.values()) and 0 < of_sum < 1e-7
+assert stored.dtype == torch.bfloat16 and 1e-4 < of_bfloat16 < 4e-3
+assert of_merged == of_base < of_adapted
+assert 0 < moved < 1e-2 < by_adapter
 assert torch.equal(again, adapted)
 assert all(torch.equal(w, originals[n]) for n, w in model.named_parameters() if n in originals)
 
 # %% [markdown]
 # ## Two adapters, one base
 #
-# A second adapter learns another task on the same frozen weights: the same sentences, IN CAPITALS. Then each adapter is
-# measured on both tasks. `set_adapter` chooses; nothing is loaded or copied.
+# A second adapter learns another task on the same frozen weights: the same sentences, IN CAPITALS, in six steps. Then
+# the base model and each adapter are measured on both tasks, on the same 16 held-out pairs. `set_adapter` chooses; no
+# weight is loaded or copied.
+#
+# **Compare within a task, never across**: capitals are cut into other and more tokens, and nats a token of one text say
+# nothing beside nats a token of another.
 
 
 # %%
@@ -171,7 +252,8 @@ def shouted(pairs):
 
 
 loud = workshop.batches(tokenizer, shouted(train_pairs[:24]), 4)
-loud_held = workshop.batches(tokenizer, shouted(held_pairs[:8]), 8)
+loud_held = workshop.batches(tokenizer, shouted(held_pairs), 8)
+places = {n: w.data_ptr() for n, w in model.named_parameters()}
 
 lora.add_adapter(model, config, "capitals")
 lora.set_adapter(model, "capitals")
@@ -179,20 +261,35 @@ lora.for_training(model)
 workshop.train(model, torch.optim.AdamW(lora.trainable_parameters(model), lr=1e-3), loud)
 lora.for_inference(model)
 
-grid = {}
+with lora.disable_adapters(model):
+    grid = {"none": [workshop.mean_loss(model, held), workshop.mean_loss(model, loud_held)]}
 for name in ("default", "capitals"):
     lora.set_adapter(model, name)
-    grid[name] = [workshop.mean_loss(model, held[:1]), workshop.mean_loss(model, loud_held)]
-    print(f"adapter {name:<9} loss on sentences {grid[name][0]:.2f}, on capitals {grid[name][1]:.2f}")
+    grid[name] = [workshop.mean_loss(model, held), workshop.mean_loss(model, loud_held)]
+assert all(w.data_ptr() == places[n] for n, w in model.named_parameters() if n in places)
+
+counts = [sum(int((each.labels[:, 1:] != workshop.IGNORED).sum()) for each in task) for task in (held, loud_held)]
+print(f"{'adapter':<10}{'sentences':>11}{'CAPITALS':>11}   nats a token, of {counts[0]} and {counts[1]} tokens")
+for name, row in grid.items():
+    print(f"{name:<10}{row[0]:>11.2f}{row[1]:>11.2f}")
+for number, (ax, task) in enumerate(zip(axes(2, width=3.4, height=2.4), ("sentences", "CAPITALS"), strict=True)):
+    ax.bar(list(grid), [row[number] for row in grid.values()], color=[COLOURS[5], *COLOURS[:2]])
+    finish(ax, f"held-out loss on {task}", "adapter", "nats a token")
 
 lora.set_adapter(model, "default")
 with torch.no_grad():
     assert torch.equal(model(**batch).logits, adapted)  # back to the first adapter: bit for bit
 with lora.disable_adapters(model), torch.no_grad():
     assert abs(workshop.mean_loss(model, held) - loss_before) < 1e-6  # and the base is what it was
-assert grid["default"][0] < grid["capitals"][0] and grid["capitals"][1] < grid["default"][1]
+assert abs(grid["none"][0] - loss_before) < 1e-6 and abs(grid["default"][0] - loss_after) < 1e-6  # as above
+assert grid["default"][0] < grid["capitals"][0] and grid["capitals"][1] < grid["default"][1]  # each is best at its own
+assert grid["default"][1] < grid["none"][1] and grid["capitals"][0] < grid["none"][0]  # and both help at the other's
+assert counts[1] > counts[0]
 
 # %% [markdown]
+# Read each column by itself. Each adapter is the best at its own task. In this run each also helps at the other's: the
+# two tasks share their sentences' words, and two tasks that share nothing may end otherwise.
+#
 # ## Exercises
 #
 # **Exercise 1.** Predict the ledger without running anything: bytes of (gradients, Adam's state) for LoRA of rank `r`

@@ -21,7 +21,8 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #    lower the loss more, equally, or less?
 # 2. PiSSA starts with $s\,BA$ equal to the largest singular part of $W$. Is the output at step 0 still the base
 #    model's?
-# 3. At the same learning rate, which of LoRA, LoRA+, PiSSA, OLoRA and DoRA is lowest after a dozen steps?
+# 3. At the same learning rate, which of LoRA, LoRA+, PiSSA, OLoRA and DoRA is lowest after a dozen steps? And if each
+#    gets the best of three learning rates?
 #
 # ## The derivation: alpha over what?
 #
@@ -38,7 +39,8 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # With $\alpha/r$ a larger rank learns *more slowly*, though it can express more. That is the argument for rsLoRA
 # (Kalajdzievski 2023). It is about plain gradient descent; Adam divides gradients by their size, which changes the
-# exponent, so we measure both.
+# exponent, so we measure both, on the last three blocks of SmolLM2. All below is one model, one seed, 48 pairs in one
+# order, and 16 held-out pairs.
 
 # %%
 BLOCKS = 3
@@ -77,10 +79,16 @@ finish(ax, "gradient descent's first step, real model", "r", r"$\Vert dB\Vert^2$
 
 logs = torch.tensor([plain, rooted]).log()
 slopes = (logs[:, -1] - logs[:, 1]) / torch.tensor(ranks[-1] / ranks[1]).log()
-print(f"slope with alpha / r: {slopes[0]:.2f}, with alpha / √r: {slopes[1]:.2f}")
+print(f"from r = {ranks[1]} to {ranks[-1]}: slope with alpha / r {slopes[0]:.2f}, with alpha / √r {slopes[1]:.2f}")
+print(
+    f"with alpha / r the first step at r = {ranks[-1]} gains {plain[-1] / plain[1]:.3f} of what it gains at {ranks[1]}"
+)
 assert abs(slopes[0] + 1) < 0.25 and abs(slopes[1]) < 0.25
+assert plain == sorted(plain, reverse=True)  # prediction 1: less, at each rank
 
 # %% [markdown]
+# That is prediction 1: less, by about the factor between the ranks.
+#
 # ## Under Adam
 #
 # Twelve steps of AdamW for each choice, all with the same learning rate and the same data in the same order.
@@ -94,7 +102,10 @@ def run(lr: float = 5e-4, ratio: float = 1.0, **choices) -> dict:
         start = float(workshop.loss_of(tuned.eval(), data[0]))
     groups = lora.loraplus_groups(tuned, lr=lr, ratio=ratio)
     losses = workshop.train(tuned.train(), torch.optim.AdamW(groups), data)
-    return {"start": start, "losses": losses, "held": workshop.mean_loss(tuned, held)}
+    projections = [m.projection_of(m.active) for m in tuned.modules() if type(m).__name__ == "LoRALinear"]
+    with torch.no_grad():  # ‖W' - W‖, all layers as one
+        moved = sum(float((lora.ops.merge_weight(p) - p.weight).square().sum()) for p in projections) ** 0.5
+    return {"start": start, "losses": losses, "held": workshop.mean_loss(tuned, held), "moved": moved}
 
 
 scaled = {(r, rooted): run(r=r, lora_alpha=16, use_rslora=rooted) for r in (4, 64) for rooted in (False, True)}
@@ -105,14 +116,16 @@ print(f"before: {base_loss:.3f}")
 
 final = {key: result["held"] for key, result in scaled.items()}
 assert all(result["held"] < base_loss for result in scaled.values())
-assert abs(final[64, False] - final[4, False]) < 0.05  # with alpha / r, 16 times the rank bought nothing
+assert abs(final[64, False] - final[4, False]) < 0.05  # with alpha / r, 16 times the rank bought next to nothing here
 assert final[64, True] < min(final[4, True], final[64, False])  # with alpha / √r it did
+renamed = lora.LoRAConfig(r=64, lora_alpha=16 * 64**0.5).scaling_of("any")
+assert renamed == lora.LoRAConfig(r=64, lora_alpha=16, use_rslora=True).scaling_of("any")  # another alpha, the same s
 
 # %% [markdown]
-# Under Adam the effect is milder than gradient descent's factor of $r$: with $\alpha/r$, rank 64 ends about where
-# rank 4 does, with $\alpha/\sqrt r$ it goes further. But read this with care. $\alpha$, the learning rate and the
-# kind of scaling are nearly *one* knob: they all say how far the first steps go. A comparison at a single learning
-# rate tells you which choice goes furthest there, not which is best.
+# Here, under Adam, rank 64 ends about where rank 4 does with $\alpha/r$, and goes further with $\alpha/\sqrt r$. But
+# read this with care. At a fixed rank `use_rslora` is another $\alpha$ and nothing else (the last `assert`), and
+# $\alpha$ and the learning rate both say how far the first steps go. A comparison at a single learning rate tells you
+# which choice goes furthest there, not which is best.
 #
 # ## Other starts, other steps
 #
@@ -123,7 +136,20 @@ assert final[64, True] < min(final[4, True], final[64, False])  # with alpha / �
 # | OLoRA | the start | $B_0 = Q_{:,:r},\ A_0 = R_{:r}$ of $W = QR$ |
 # | DoRA | the function | $W' = m \odot (W + s\,BA)\,/\,\lVert W + s\,BA\rVert_{\text{row}}$ |
 #
-# PiSSA and OLoRA start from a non-zero product and take it off the base: the update is $s\,(BA - B_0A_0)$.
+# Here $W_r$ is [notebook 1](01_why_low_rank.ipynb)'s truncated SVD, of the weight instead of the change. PiSSA and
+# OLoRA start from a non-zero product and take it off the base: the update is $s\,(BA - B_0A_0)$.
+
+# %%
+W = top.model.layers[0].mlp.down_proj.weight.detach()  # [576, 1536]
+U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+Q, R = torch.linalg.qr(W)
+expected = {"pissa": U[:, :8] * S[:8] @ Vh[:8], "olora": Q[:, :8] @ R[:8]}
+for start, product in expected.items():
+    layer = injected(r=8, lora_alpha=8, init_lora_weights=start).model.layers[0].mlp.down_proj
+    B0A0 = (layer.lora_B["default"] @ layer.lora_A["default"]).detach()  # s = 8 / 8 = 1
+    assert_close(B0A0, product, f"the start of {start}", atol=1e-4)
+    print(f"{start}: ‖B₀A₀‖ is {float(B0A0.norm() / W.norm()):.2f} of ‖W‖")
+    assert B0A0.norm() > 0.05 * W.norm()
 
 # %%
 methods = {
@@ -145,32 +171,58 @@ right.invert_yaxis()
 finish(right, "gain on held-out text after 12 steps", "nats a token")
 
 for name, result in results.items():
-    print(f"{name:<6} start {result['start']:.4f}, held-out {base_loss:.3f} -> {result['held']:.3f}")
+    print(f"{name:<6} start {result['start']:.4f}, held-out {base_loss:.3f} -> {result['held']:.3f}, "
+          f"weights moved by {result['moved']:.2f}")  # fmt: skip
 starts = [result["start"] for result in results.values()]
 assert max(starts) - min(starts) < 1e-4  # prediction 2: every one of them starts at the base model
 assert all(result["held"] < base_loss for result in results.values())
-assert results["LoRA+"]["held"] < results["LoRA"]["held"]
-assert results["PiSSA"]["held"] < results["LoRA"]["held"]
+moved = {name: result["moved"] for name, result in results.items()}
+for ahead in ("LoRA+", "PiSSA", "OLoRA"):
+    for behind in ("LoRA", "DoRA"):
+        assert results[ahead]["held"] < results[behind]["held"] - 0.1 and moved[ahead] > 2 * moved[behind]
+assert abs(results["DoRA"]["held"] - results["LoRA"]["held"]) < 0.05
 
 # %% [markdown]
-# LoRA is last here because its first steps are the shortest: $B$ is zero and reads a small $Ax$. LoRA+ makes $B$'s
-# steps longer. PiSSA and OLoRA start with factors as large as $W$'s own directions, so that the same $\eta$ moves the
-# product further. DoRA adds one number a row. How much of a lead is left at each method's *own* best learning rate?
+# All five start at the base model (prediction 2). At this learning rate LoRA and DoRA gain least, and they are also the
+# two that moved the weights least: $B$ starts at zero and reads a small $Ax$. LoRA+ makes $B$'s steps longer; PiSSA and
+# OLoRA start with larger factors, so that the same $\eta$ moves the product further. Is their lead more than longer
+# steps? Give *each* method three learning rates, a factor of 4 apart, and take its best.
 
 # %%
-tuned = {lr: run(lr=lr, r=8, lora_alpha=8)["held"] for lr in (2e-3, 5e-3)}
-best = min(tuned, key=tuned.get)
-print("LoRA, held-out loss by learning rate:", {5e-4: round(results["LoRA"]["held"], 3)} | {
-    lr: round(value, 3) for lr, value in tuned.items()})  # fmt: skip
-assert tuned[best] < results["LoRA"]["held"]
-lead = results["LoRA"]["held"] - results["LoRA+"]["held"]
-left_over = tuned[best] - results["LoRA+"]["held"]
-assert left_over < 0.5 * lead  # LoRA+'s lead was the learning rate, or most of it
+rates = (5e-4, 2e-3, 8e-3)
+tuned = {
+    name: {5e-4: results[name]["held"]} | {lr: run(lr=lr, r=8, lora_alpha=8, **choices)["held"] for lr in rates[1:]}
+    for name, choices in methods.items()
+}
+best = {name: min(found, key=found.get) for name, found in tuned.items()}
+at_best = {name: tuned[name][best[name]] for name in methods}
+
+ax = axes(width=5.4)
+for (name, found), marker in zip(tuned.items(), "osv^D", strict=True):
+    ax.semilogx(list(found), list(found.values()), f"{marker}-", ms=5, alpha=0.8, label=name)
+ax.set_ylim(min(at_best.values()) - 0.05, base_loss)  # what is above is worse than no training
+finish(ax, "held-out loss after 12 steps", "learning rate (of A)", "nats a token", legend=True)
+
+print(f"{'learning rate':<14}" + "".join(f"{lr:>9.4f}" for lr in rates) + "     best")
+for name, found in tuned.items():
+    print(f"{name:<14}" + "".join(f"{value:9.3f}" for value in found.values()) + f"{best[name]:9.4f}")
+at_one = [result["held"] for result in results.values()]
+apart_at_one, apart_at_best = max(at_one) - min(at_one), max(at_best.values()) - min(at_best.values())
+print(f"best and worst method are {apart_at_one:.3f} apart at 5e-4, {apart_at_best:.3f} each at its best rate")
+gained = {name: results[name]["held"] - at_best[name] for name in methods}  # by another rate than 5e-4
+assert all(gained[name] > 0.1 for name in ("LoRA", "DoRA"))
+assert all(0 <= gained[name] < 0.05 for name in ("LoRA+", "PiSSA", "OLoRA"))
+assert apart_at_best < 0.35 * apart_at_one
 
 # %% [markdown]
-# At four times the learning rate plain LoRA stands where LoRA+ and PiSSA stood: here, their lead *was* the learning
-# rate. Papers that compare at one learning rate compare learning rates. Tune each method by itself before you believe
-# a bar chart, this one included.
+# At one learning rate the methods looked far apart. Each at its best of three rates they are a small part of that
+# apart: LoRA and DoRA gained from a larger rate, the other three hardly. So here most of the difference *was* the
+# learning rate. Which method is ahead by what is left, this experiment cannot say: twelve steps, one order of the data,
+# 16 held-out pairs, three rates. Tune each method by itself before you believe a bar chart, the one above included.
+#
+# **The answer**, as far as this notebook goes. The rank bounds what can be learnt, and DoRA changes the function.
+# $\alpha$ and `use_rslora` set the scaling: how far a step goes, which is the learning rate's work too. LoRA+, PiSSA
+# and OLoRA did here what a larger learning rate did for plain LoRA, most of it at least.
 #
 # ## Exercises
 #
