@@ -17,6 +17,8 @@ EQUIVALENT: dict[str, str] = {
     "linear:LoRAGroup.forward: saved_by(parts, wants_m, factors) + trains → ((saved_by(parts, wants_m, factors)) - "
     "(trains))": COST
     + "With too small a count a checkpoint's second run believes that something follows, and makes the last product.",
+    "operands:multiplied: rows.new_empty(len(rows), sum(sizes)) if out is None else out → (rows.new_empty(len(rows), "
+    "sum(sizes)))": COST + "The products are written to fresh memory instead of the buffer that may be used.",
     "operands:columns_of_one: first.stride(0) < width → (first.stride(0) <= width)": COST
     + "Gradients that fill their buffer go back through one product each.",
     "mlp:hidden_gradient: behind.factors is None → (behind.factors is not None)": COST
