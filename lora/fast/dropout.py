@@ -31,7 +31,7 @@ class KeepRows(NamedTuple):
 
 
 SIGN = 1 << 15  # 16-bit lanes are compared as signed numbers, after turning this bit over
-BLOCK = 1 << 18  # elements whose mask is made at a time: what that takes stays in a core's cache
+BLOCK = 1 << 18  # elements whose mask is made at a time, whole words: what that takes stays in a core's cache
 
 
 def dropout_mask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -48,6 +49,30 @@ def test_a_mask_is_its_definition(device, backend, count, p, seed, stream):
 @given(count=counts, p=rates, seed=seeds, more=st.integers(0, 50))
 def test_a_longer_mask_begins_with_the_shorter(device, backend, count, p, seed, more):
     assert torch.equal(mask(backend, device, count + more, p, seed)[:count], mask(backend, device, count, p, seed))
+
+
+def assert_blocks_agree(shape, dropout, device):
+    """Fast's mask, and what it makes of it, against the reference's."""
+    x, total = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(device) for i in (0, 1))
+    p, seed, stream = dropout
+    keep, dropped = mask("reference", device, shape, p, seed, stream), APPLY["reference"](x, dropout)
+    assert torch.equal(mask("fast", device, shape, p, seed, stream), keep)
+    assert torch.equal(APPLY["fast"](x, dropout), dropped)
+    added = lora.fast.dropout.add_dropped_(total.clone(), x, dropout)
+    torch.testing.assert_close(added, total + dropped, rtol=0, atol=1e-6)  # one rounding less
+
+
+@examples(40)
+@given(rows=st.integers(0, 30), columns=st.integers(1, 20), p=rates, seed=seeds, block=st.sampled_from([4, 16, 64]))
+def test_blocks_of_a_mask_go_on_where_the_last_ended(device, rows, columns, p, seed, block):
+    with mock.patch.object(lora.fast.dropout, "BLOCK", block):
+        assert_blocks_agree((rows, columns), Dropout(p, seed, 2), device)
+
+
+@pytest.mark.parametrize("shape", [(600, 577), (2, 400_001), (9, 1 << 15)])
+def test_masks_of_several_blocks(device, shape):
+    assert math.prod(shape) > lora.fast.dropout.BLOCK
+    assert_blocks_agree(shape, Dropout(0.1, 3, 2), device)
 
 
 @both

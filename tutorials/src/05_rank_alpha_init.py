@@ -201,6 +201,8 @@ ax = axes(width=5.4)
 for (name, found), marker in zip(tuned.items(), "osv^D", strict=True):
     ax.semilogx(list(found), list(found.values()), f"{marker}-", ms=5, alpha=0.8, label=name)
 ax.set_ylim(min(at_best.values()) - 0.05, base_loss)  # what is above is worse than no training
+ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+ax.minorticks_off()
 finish(ax, "held-out loss after 12 steps", "learning rate (of A)", "nats a token", legend=True)
 
 print(f"{'learning rate':<14}" + "".join(f"{lr:>9.4f}" for lr in rates) + "     best")
