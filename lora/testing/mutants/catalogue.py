@@ -101,7 +101,7 @@ NOT_TRIED = {  # functions, and why the generator leaves them alone
     r"multiprocessors|sum_block|column_block|block_size|tile_size|token_splits|architecture|is_even|tile_in_group)":
         "the size of a tile and the order of programs: any choice gives the same result, in another time",
     r"loss:chunk_rows": "the size of a chunk: any choice gives the same result, in another time",
-    r"workspace:(release_workspaces|workspace)": "memory that is given back, or kept",
+    r"workspace:(release_workspaces|workspaces_on|workspace)": "memory that is given back, kept, or counted",
     r"checkpoint:(HostInputs\..*|side_stream|pinned_like|_say_pageable|FastRun\.inputs_of)": "runs on a GPU only",
     r"loss:in_one_step": "the second half runs in a compiled graph only",
     r"parts:(flat_.*|part_of|term_of)": "operands of operators: in a compiled graph, or as kernels get them",

@@ -31,6 +31,8 @@ EQUIVALENT: dict[str, str] = {
     "dora:row_norms: dense.shape[1] * wide.itemsize → ((dense.shape[1]) + (wide.itemsize))": COST
     + "It is the number of rows at a time, from one to all.",
     "multi_lora:groups_for: 0 → 1": "For x without features only, where every update is zero, whose tokens these are.",
+    "multi_lora:EqualGroups.__init__: None if len(mine) == adapters else torch.tensor([*mine], device=order.device) → "
+    "(torch.tensor([*mine], device=order.device))": COST + "The adapters that are there are picked out where all are.",
     "kernels.multi_lora:group_tokens: 1 → 2 (3)": COST + "It is the number of rows of a block, for a single adapter.",
     "kernels.multi_lora:_sums: sum_tile_for(N, r, wide.dtype) → sum_tile_for(r, N, wide.dtype)": COST
     + "It is another size of tile.",
