@@ -51,7 +51,12 @@ def test_every_row_is_there_with_its_gate_its_floor_and_its_peers(dry):
         gate = [row.note for row in rows if row.name == name and row.variant == "gate"]
         assert len(gate) == 1 and gate[0], name
     timed = {(row.name, row.variant) for row in rows if row.median_s}
-    assert {("step", "peft"), ("step", "transformers, no adapters"), ("step, NF4", "ours, float32 base")} < timed
+    assert {
+        ("step", "peft"),
+        ("step", "reference"),
+        ("step", "transformers, no adapters"),
+        ("step, NF4", "ours, float32 base"),
+    } < timed
     assert {row.variant for row in rows if row.note.startswith("not there")} >= {"unsloth", "lorafusion"}
 
 

@@ -1,8 +1,7 @@
 """A way to do something in a process of its own, as its user would: one model, and memory that nobody else has used.
 
-What a step costs depends on what its process did before. The C library gives large freed blocks back to the system, and
-each is cleared and faulted in again when it is next asked for; where several models have run in one process it ends up
-keeping them. PEFT's step was 6.4 s alone and 5.4 s beside others (docs/benchmarks/log.md). A user trains one model.
+What a step costs may depend on what its process did before: the C library keeps some freed memory, and gives other back,
+to be faulted in again. A user trains one model, so each way to train one is measured in a process that has only that.
 
 The processes wait on a pipe until it is their turn, so that only one of them computes. Their server imports everything
 once and starts no threads; each process is forked from it.

@@ -1,4 +1,4 @@
-"""Training steps: forward, loss, backward and AdamW, without a trainer, beside PEFT's, each in a process of its own.
+"""Training steps: forward, loss, backward and AdamW, without a trainer, beside PEFT's and our reference's.
 
 The gate compares the first loss and the gradient of every A and B. With dropout there is no comparing with PEFT, whose
 masks are other ones: ours is held against our reference, whose masks are the same.
@@ -57,7 +57,9 @@ def trial(session: Session, kind: Kind, apart: Apart) -> Trial:
     variants = {"ours": apart(our_step, session.dry, kind), "peft": apart(peft_step, session.dry, kind)}
     if kind.nf4:
         variants["ours, float32 base"] = apart(our_step, session.dry, replace(kind, nf4=False))
-    elif kind == KINDS[0]:
+    elif kind.labelled == 1:
+        variants["reference"] = apart(reference_step, session.dry, kind)
+    if kind == KINDS[0]:
         variants["transformers, no adapters"] = apart(frozen_step, session.dry, kind)
     variants["floor"] = apart(products_alone, session.dry, kind)
     absent = {name: why_absent(module) for name, module in GPU_PEERS.items()} if kind == KINDS[0] else {}
@@ -70,6 +72,19 @@ def our_step(dry: bool, kind: Kind) -> Variant:
     """Ours, on a base of its own."""
     base = models.quantised_pair(dry)[0] if kind.nf4 else models.base(dry)
     return stepper(models.ours(base, kind.p), *batch(dry, kind, base))
+
+
+def reference_step(dry: bool, kind: Kind) -> Variant:
+    """Our reference's."""
+    with lora.use_backend("reference"):
+        base = models.base(dry)
+        step = stepper(models.ours(base, kind.p), *batch(dry, kind, base))
+
+    def run() -> tuple[Tensor, ...]:
+        with lora.use_backend("reference"):
+            return step.run()
+
+    return Variant(run)
 
 
 def peft_step(dry: bool, kind: Kind) -> Variant:
