@@ -189,5 +189,7 @@ def test_every_kernel_is_counted() -> None:
         if name.endswith("_kernel") and hasattr(function, "fn")
     ]
     assert {name for name, _ in named} == set(KERNELS) == set(traffic.COUNTS)
+    if torch.cuda.is_available():
+        pytest.skip(NOT_ON_A_GPU)
     called = {name for call in CALLS.values() for name, *_ in launches_of(call, *KERNELS.values(), runs=True)}
     assert called == set(KERNELS)

@@ -220,7 +220,7 @@ def nf4_quantize_blocks(
         weight: any shape, float32, float16 or bfloat16, already found fit for NF4 (`check_quantisable`).
         block_size, nested_block_size, double_quant: as in the reference, already checked.
     """
-    values = weight.detach().reshape(-1)  # [n]
+    values = weight.detach().contiguous().view(-1)  # [n]; reshape keeps strides where one will do
     count = values.numel()
     codes = torch.empty(triton.cdiv(count, 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(triton.cdiv(count, block_size), dtype=torch.float32, device=weight.device)
