@@ -19,7 +19,8 @@ blocks i+1 … are free:
 
 The need of a plan is the largest of these. A block is in need_i's sum for all i after it: the earlier a block, the
 longer it waits. So, of two alike blocks, the one that keeps more should come later: exchanging them lowers the sums in
-between and leaves all others. That is why plans save memory in the first blocks and keep everything in the last.
+between and leaves all others. That is why plans save memory in the first blocks and keep everything in the last; where
+the loss, after all blocks, needs most, only how many keep what counts, and the order is of no account.
 
 **Choosing.** Blocks need not be alike, so the search does not rely on that. It goes through the blocks in order, with
 the set of all (bytes kept so far, arithmetic so far) that no other pair beats in both; a mode whose need_i exceeds the
