@@ -164,7 +164,8 @@ def explain(model: nn.Module) -> str:
     rows += [(path, "SavedModule", "its own", "trained in full") for path, _ in saved_modules(model)]
     fusion = state_of(model).modes.get("fusion")
     if fusion is not None:
-        rows += [(path, type(model.get_submodule(path)).__name__, name, note) for path, note in fusion.notes.items()]
+        notes = fusion.notes_now(model)
+        rows += [(path, type(model.get_submodule(path)).__name__, name, note) for path, note in notes.items()]
     elif name != "reference":
         rows.append(("(model)", type(model).__name__, name, "not fused: for_training and for_inference fuse it"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

@@ -140,6 +140,18 @@ def test_every_family_is_fused_and_says_how(family):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_explain_says_what_runs_one_by_one_as_the_adapters_stand():
+    model = lora.inject(tiny_llama(), LoRAConfig(r=2, lora_dropout=0.1), "a")
+    lora.add_adapter(model, LoRAConfig(r=2, lora_dropout=0.5), "b")
+    lora.for_training(model)
+    with lora.use_backend("fast"):
+        fuse(model)
+        assert "one by one" not in lora.explain(model)
+        lora.set_adapter(model, ["a", "b"])
+        rows = [line.split()[0] for line in lora.explain(model).splitlines() if "now one by one" in line]
+    assert rows == [f"model.layers.{i}.{part}" for i in range(len(model.model.layers)) for part in ("self_attn", "mlp")]
+
+
 def test_state_dict_and_tied_weights_survive_fusing(tmp_path):
     model = tiny_llama(tie_word_embeddings=True)
     lora.inject(model, LoRAConfig(r=2))

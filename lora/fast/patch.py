@@ -91,6 +91,13 @@ class Fusion:
                 weight.data = weight.data.clone()
         self.forwards, self.stacked, self.notes = [], [], {}
 
+    def notes_now(self, model: nn.Module) -> dict[str, str]:
+        """The notes, and where the active adapters take apart what was patched to run together."""
+        apart = "; now one by one: its active adapters drop out differently, or several have DoRA"
+        return {
+            path: note + apart if runs_apart(model.get_submodule(path)) else note for path, note in self.notes.items()
+        }
+
 
 def patch_model(model: nn.Module) -> Fusion:
     """Patches every module of a known kind; see the top of this file."""
@@ -259,18 +266,24 @@ def patch_mlp(fusion: Fusion, path: str, module: Any) -> None:
 
 def mlp_forward(self: Any, x: Tensor) -> Tensor:
     """down(act(gate(x)) ⊙ up(x)) through `lora.ops`."""
-    fused = hasattr(self, "gate_up_proj")
-    layers = (self.gate_up_proj, self.down_proj) if fused else (self.gate_proj, self.up_proj, self.down_proj)
+    layers = mlp_layers(self)
     if not together(layers) or any(hooked(layer) for layer in layers):  # fused, they are not called
         unfused: Tensor = type(self).forward(self, x)
         return unfused
     updates = [update_of(layer) for layer in layers]
-    if fused:
+    if len(layers) == 2:  # gate and up are one matrix
         updates = [*halves(updates[0]), updates[1]]
     dropout = mlp_dropout([update.dropout for update in updates])
     projections = (update.projection for update in updates)
     y: Tensor = dispatch.ops.lora_mlp(x, *projections, dropout=dropout, **self.fused_options)
     return y
+
+
+def mlp_layers(mlp: Any) -> tuple[nn.Module, ...]:
+    """gate, up and down, or gate and up in one and down."""
+    if hasattr(mlp, "gate_up_proj"):
+        return mlp.gate_up_proj, mlp.down_proj
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
 
 def halves(update: Update) -> list[Update]:
@@ -503,6 +516,15 @@ def together(layers: Sequence[nn.Module]) -> bool:
                 return False
             rates |= {layer.dropout_rate(group[0]) for group in groups}
     return len(rates) <= 1
+
+
+def runs_apart(module: nn.Module) -> bool:
+    """Whether what was patched to run together does not, as its adapters stand now."""
+    shared = [vars(layer)["shared_input"] for layer in module.children() if "shared_input" in vars(layer)]
+    if shared:
+        return not together(shared[0].layers)
+    is_mlp = getattr(vars(module).get("forward"), "__func__", None) is mlp_forward
+    return is_mlp and not together(mlp_layers(module))
 
 
 def stack_weights(fusion: Fusion, layers: Sequence[Any]) -> None:

@@ -396,7 +396,7 @@ assert extra[-1] == 0 and extra[0] == 1
 # that keeps late.
 #
 # Block 0 is not quite equal to the others. Its input is the batch's and requires no gradient, so its first norm does
-# not save its statistic, 4 bytes a token: to keep everything is cheaper there than anywhere else, by 912 bytes. At five
+# not save its statistic, 4 bytes a token: to keep everything is cheaper there than anywhere else, by so little. At some
 # of these budgets just that decides: there no plan that runs block 0 again is as cheap. At the others below the largest
 # it breaks a tie.
 
@@ -424,7 +424,7 @@ for budget, solution in zip(budgets[:-1], solutions, strict=False):
     cheapest = min(cost for need, cost in without_0.values() if need <= budget)
     decided += [budget] * (cheapest > solution.cost[0])
 print(f"at {len(decided)} of {len(budgets)} budgets every plan that runs block 0 again costs more")
-assert len(decided) == 5
+assert 0 < len(decided) < len(budgets) - 1  # how many depends on the batch's length
 
 # %% [markdown]
 # `lora.plan_checkpointing` does both steps, the trace and the search, and `for_training` takes its plan. Does a step
