@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from lora.testing.mutants import run
+from lora.testing.mutants import Outcome, run
 from lora.testing.mutants.catalogue import all_mutants, proofs_of, quick_names, sampled, written, written_mutants
 from lora.testing.mutants.equivalent import EQUIVALENT
+from lora.testing.mutants.report import row
 
 QUICK = quick_names()
 OPERATIONS = {
@@ -58,6 +60,15 @@ def test_every_kind_of_mistake_is_among_them() -> None:
 def test_every_mutant_has_a_name_of_its_own() -> None:
     names = Counter(mutant.key for mutant in all_mutants())
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_page_is_of_these_mutants_and_none_survived() -> None:
+    """What `make test` has no time to run was run: `make mutants` has written a line for each, and each was killed."""
+    page = (Path(__file__).parents[2] / "docs" / "mutants.md").read_text()
+    assert "**0 survived**" in page
+    lines = {line.rsplit(" | ", 3)[0] for line in page.splitlines() if line.startswith("| ")}
+    killed = [row(mutant, Outcome("killed")).rsplit(" | ", 3)[0] for mutant in all_mutants()]
+    assert [line for line in killed if line not in lines] == [], "run `make mutants`"
 
 
 def test_what_is_argued_equivalent_is_a_mutant_of_the_present_source() -> None:
