@@ -19,7 +19,8 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # %% [markdown]
 # ## Predict
 #
-# With $h = Wx + s\,BAx$, $A$ random and $B = 0$:
+# With $h = Wx + s\,BAx$, where $s = \alpha/r$ is a fixed number that you choose ($r$ is the rank, $\alpha$ is
+# `lora_alpha`), $A$ random and $B = 0$:
 #
 # 1. Is the layer's output at step 0 *close* to the frozen layer's, or *bit for bit* equal?
 # 2. After the first backward, which of `lora_A.grad` and `lora_B.grad` is zero? Which becomes non-zero when?
@@ -217,8 +218,8 @@ assert 0.3 < by_B < 0.95  # B alone gets a good part of it, not all
 #
 # ## How much of the gradient does a random $A$ let through?
 #
-# The first step is $-\eta s^2 G A^\top A$. If the rows of $A$ were exactly orthogonal, $A^\top A$ would be a projection
-# onto $r$ of `in` dimensions, and with a random row space
+# The first step is $-\eta s^2 G A^\top A$. If the rows of $A$ were orthogonal and equally long, $A^\top A$ would be,
+# up to a factor that the cosine does not see, a projection onto $r$ of `in` dimensions, and with a random row space
 #
 # $$\cos(\Delta W, -G) = \frac{\langle GA^\top A, G\rangle}{\lVert GA^\top A\rVert\,\lVert G\rVert} =
 # \frac{\lVert G A^\top\rVert}{\lVert G\rVert} \approx \sqrt{r / \text{in}} :$$

@@ -39,10 +39,11 @@ from workshop import COLOURS, assert_close, axes, checks, docstrings, finish
 # $$\underbrace{4P}_{\text{weights}} + \underbrace{4p}_{\text{gradients}} + \underbrace{8p}_{\text{Adam}} +
 # \text{activations}(\text{tokens}) .$$
 #
-# Full fine-tuning has $p = P$. With LoRA, $p = \sum r\,(\text{in} + \text{out})$ over the adapted layers, on top of the
-# $P$ that are frozen. QLoRA stores the weights of the adapted layers in 4.127 bits instead of 32. Nothing in the
-# formula says that *activations* shrink: a frozen layer no longer needs its input $x$ for $dW$; yet $dA$ needs that
-# same $x$.
+# Full fine-tuning has $p = P$. With LoRA, $p = \sum r\,(\text{in} + \text{out})$ over the adapted layers, on top of
+# the $P$ that are frozen. QLoRA stores the frozen weights of the adapted layers in a 4-bit format, NF4 (4.127 bits a
+# number with its scales, instead of 32), and decodes each when it is used; [notebook 6](06_nf4_qlora.ipynb) takes it
+# apart. Nothing in the formula says that *activations* shrink: a frozen layer no longer needs its input $x$ for $dW$;
+# yet $dA$ needs that same $x$.
 #
 # Everything below is one model, one seed and one short run.
 
@@ -360,7 +361,8 @@ def check_share_changed(answer):
 #     return float((back != W).float().mean())
 # ```
 #
-# A third or more of the weights are other numbers afterwards. `lora.unmerge` puts the very parameter back instead.
+# Some of the weights are other numbers afterwards: the larger the update, the more. `lora.unmerge` puts the very
+# parameter back instead.
 # </details>
 #
 # **Exercise 3.** Several adapters may be active at once: their updates add. Given two adapters as `(A, B, s)`, return

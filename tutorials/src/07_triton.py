@@ -332,7 +332,8 @@ for name, value in points.items():  # the thin products: x Aᵀ, and dA
 # On 64 tokens the layer waits for memory, and nearly all of it is $W$: so it is in generation, where each of 64
 # sequences is one token further. On 8192 tokens it computes: so it is in training. The thin products of LoRA have an
 # intensity just below $r$, and wait for memory at any rank below the ridge. Hence the idea of this kernel: put the
-# update into the wide product, where a few more operations are nearly free and no byte is moved for it.
+# update into the wide product: it adds under 1% of the operations, only the small $u$ and $B$ are read for it, and
+# $h$ is not touched twice.
 #
 # **A roof is not a measurement.** On an H100, for 8,192 tokens and 4096 → 4096, this kernel's forward takes 1.30 times
 # the time of the frozen product alone. PyTorch's product (cuBLAS), with the update added in place afterwards

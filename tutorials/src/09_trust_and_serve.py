@@ -229,8 +229,8 @@ for mistake, (old, new) in mistakes.items():
     assert outcome.killed and outcome.how == "assertion"
 
 # %% [markdown]
-# Nearly five hundred such mutants are part of the project's own tests; [`docs/mutants.md`](../docs/mutants.md) lists
-# each with what killed it, and the mistakes that no input can tell from the source.
+# More than five hundred such mutants are part of the project's own tests; [`docs/mutants.md`](../docs/mutants.md)
+# lists each with what killed it, and the mistakes that no input can tell from the source.
 #
 # ## Serving: many adapters in one batch
 #
