@@ -59,7 +59,9 @@ def assert_blocks_agree(shape, dropout, device):
     assert torch.equal(mask("fast", device, shape, p, seed, stream), keep)
     assert torch.equal(APPLY["fast"](x, dropout), dropped)
     added = lora.fast.dropout.add_dropped_(total.clone(), x, dropout)
-    torch.testing.assert_close(added, total + dropped, rtol=0, atol=1e-6)  # one rounding less
+    # Each side rounds its sum once, and one of them the product before it: three half-units of what is added.
+    rounding = torch.finfo(total.dtype).eps / 2 * (total.abs() + dropped.abs())
+    assert ((added - (total + dropped)).abs() <= 3 * rounding).all()
 
 
 @examples(40)
