@@ -132,6 +132,11 @@ def patch(fusion: Fusion, module: nn.Module, forward: Callable[..., Any], option
     fusion.forwards.append((module, vars(module)["forward"]))
 
 
+def runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether the module's own forward is this one of ours: not if it was given another since."""
+    return getattr(vars(module).get("forward"), "__func__", None) is forward
+
+
 # ---- attention
 
 
@@ -346,7 +351,7 @@ def norm_of_sum(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]
 
 def is_patched_norm(norm: Any) -> bool:
     """Whether this very module runs `norm_forward`: not if it was replaced, or given another forward since."""
-    return getattr(vars(norm).get("forward"), "__func__", None) is norm_forward
+    return runs(norm, norm_forward)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -523,8 +528,7 @@ def runs_apart(module: nn.Module) -> bool:
     shared = [vars(layer)["shared_input"] for layer in module.children() if "shared_input" in vars(layer)]
     if shared:
         return not together(shared[0].layers)
-    is_mlp = getattr(vars(module).get("forward"), "__func__", None) is mlp_forward
-    return is_mlp and not together(mlp_layers(module))
+    return runs(module, mlp_forward) and not together(mlp_layers(module))
 
 
 def stack_weights(fusion: Fusion, layers: Sequence[Any]) -> None:
