@@ -20,7 +20,7 @@ import torch
 import lora
 from benchmarks.card.timing import Variant
 
-PRELOADED = ["torch", "transformers", "peft", "lora", "benchmarks.cpu.step"]
+PRELOADED = ["torch", "transformers", "peft", "lora"]
 Build = Callable[..., Variant]
 Apart = Callable[..., Variant]  # (build, *arguments): build(*arguments), whose runs happen in another process
 
@@ -29,7 +29,7 @@ Apart = Callable[..., Variant]  # (build, *arguments): build(*arguments), whose 
 def processes() -> Iterator[Apart]:
     """Gives `apart(build, *arguments)`; every process ends with the block.
 
-    `build` is a function of a module, and its arguments can be pickled. The model is built before the first run.
+    `build` is a function of a module, and its arguments can be pickled. It is called at once, so that only runs are timed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
