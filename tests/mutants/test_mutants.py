@@ -10,7 +10,7 @@ import pytest
 from lora.testing.mutants import Outcome, run
 from lora.testing.mutants.catalogue import all_mutants, proofs_of, quick_names, sampled, written, written_mutants
 from lora.testing.mutants.equivalent import EQUIVALENT
-from lora.testing.mutants.report import row
+from lora.testing.mutants.report import code, row
 
 QUICK = quick_names()
 OPERATIONS = {
@@ -69,6 +69,8 @@ def test_the_page_is_of_these_mutants_and_none_survived() -> None:
     lines = {line.rsplit(" | ", 3)[0] for line in page.splitlines() if line.startswith("| ")}
     killed = [row(mutant, Outcome("killed")).rsplit(" | ", 3)[0] for mutant in all_mutants()]
     assert [line for line in killed if line not in lines] == [], "run `make mutants`"
+    argued = page.split("## Equivalent")[1]
+    assert [key for key in EQUIVALENT if code(key) not in argued] == [], "run `make mutants`"
 
 
 def test_what_is_argued_equivalent_is_a_mutant_of_the_present_source() -> None:

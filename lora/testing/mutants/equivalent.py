@@ -4,7 +4,6 @@ from __future__ import annotations
 
 COST = "It decides only which way the work is done, or whether some is done in vain: every way gives the same result. "
 PROMOTED = "The operand it meets next is float32 already, and the result of two types is of the wider one. "
-MODULO = "Both numbers are the same bits in the tensor's integer type, and that is what is compared or added. "
 
 EQUIVALENT: dict[str, str] = {
     "linear:Kept.flat: (None, (None,) * len(self.gains)) if cast is None else (cast.A, cast.B) → "
@@ -25,9 +24,7 @@ EQUIVALENT: dict[str, str] = {
     + "The update is added by the product, not by the activation's kernel.",
     "kernels.nf4:rounded: b_value.to(dtype) → (b_value)": "The store that follows converts to the same type of its "
     "pointer, in the same way.",
-    "dropout:plain_mask: threshold(p) - SIGN → ((threshold(p)) + (SIGN))": MODULO
-    + "t + 2¹⁵ and t - 2¹⁵ differ by 2¹⁶, and the lanes are 16 bits.",
-    "dropout:_signed: 63 → 64": MODULO + "PyTorch takes a 64-bit number with or without a sign.",
+    "dropout:_signed: 63 → 64": "Both numbers are the same 64 bits: PyTorch takes one with or without a sign.",
     "dora:row_norms: dense.shape[1] * wide.itemsize → ((dense.shape[1]) + (wide.itemsize))": COST
     + "It is the number of rows at a time, from one to all.",
     "multi_lora:groups_for: 0 → 1": "For x without features only, where every update is zero, whose tokens these are.",
