@@ -1,12 +1,14 @@
 # %% [markdown]
 # # 1. Why low rank
 #
-# **The question.** Fine-tuning changes millions of weights. LoRA claims that a change of rank 8 or 16 is enough.
-# Why should a change to a 576 × 1536 matrix fit into so few directions?
+# **The question.** Fine-tuning changes millions of weights. LoRA (low-rank adaptation) claims that a change of rank 8
+# or 16 is enough: a sum of 8 or 16 products $u v^\top$ of a column and a row. Why should a change to a 576 × 1536
+# matrix fit into so few directions?
 #
 # We fine-tune a real model *in full*, with no LoRA anywhere, take the change $\Delta W = W_{\text{after}} -
-# W_{\text{before}}$ of every trained matrix, and look at it. It is one model, one task, one seed and one run: what you
-# read below was measured on it, and the code is there to measure another.
+# W_{\text{before}}$ of every trained matrix, and look at it. It is one model, one task, one seed and one run: what
+# you read below was measured on it, and the code is there to measure another. What all these notebooks share (data, a
+# training loop, plots) is in `workshop.py`, beside them.
 
 # %% tags=["setup"]
 import torch
@@ -20,17 +22,18 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # Before you run anything, write down three guesses:
 #
-# 1. In a $\Delta W$ of 576 × 1536, how many of its 576 directions carry 90% of its squared size?
+# 1. In a $\Delta W$ of 576 × 1536, how many of its 576 directions carry 90% of its squared size, the sum of its
+#    squared entries?
 # 2. And in $W$ itself, the matrix that pretraining made?
-# 3. If we keep only the best rank-8 part of every $\Delta W$, how much of the improvement on *held-out* text is left?
-#    And if we keep everything *but* that part?
+# 3. If we keep only the best rank-8 part of every $\Delta W$, how much of the improvement on *held-out* text, which
+#    was not trained on, is left? And if we keep everything *but* that part?
 #
 # ## The derivation
 #
-# Every matrix has a singular value decomposition $M = \sum_i \sigma_i\, u_i v_i^\top$ with
-# $\sigma_1 \ge \sigma_2 \ge \dots \ge 0$ and orthonormal $u_i$, $v_i$. The terms are orthogonal in the Frobenius inner
-# product, $\langle u_i v_i^\top, u_j v_j^\top\rangle = (u_i^\top u_j)(v_i^\top v_j) = \delta_{ij}$, so squared sizes
-# add up: $\lVert M\rVert_F^2 = \sum_i \sigma_i^2$.
+# Every matrix has a singular value decomposition $M = \sum_i \sigma_i\, u_i v_i^\top$ with $\sigma_1 \ge \sigma_2 \ge
+# \dots \ge 0$ and orthonormal $u_i$, $v_i$: its *directions*. In the Frobenius inner product, the sum of the products
+# of all entries, the terms are orthogonal, $\langle u_i v_i^\top, u_j v_j^\top\rangle = (u_i^\top u_j)(v_i^\top v_j)
+# = \delta_{ij}$ (1 if $i = j$, otherwise 0), so squared sizes add up: $\lVert M\rVert_F^2 = \sum_i \sigma_i^2$.
 #
 # Cut the sum off after $r$ terms and call it $M_r$. What is lost is $\lVert M - M_r\rVert_F^2 = \sum_{i>r}\sigma_i^2$.
 # **Eckart and Young (1936)** say that no other matrix of rank $r$ does better:
@@ -66,11 +69,13 @@ assert min(rivals) >= lost
 # %% [markdown]
 # ## A real fine-tune
 #
-# The model is SmolLM2-135M-Instruct (30 blocks, 576 features). The task is the demo's: given the signature of a
-# function in Python's standard library, write the first sentence of its docstring. To stay within two minutes on two
-# cores we train the last six blocks, all seven matrices of each, *in full* with AdamW (two epochs of 64 examples, 4 to
-# a step). The blocks below are frozen, so what they compute is a constant, which `workshop.inputs_of` computes once.
-# The loss is the mean cross-entropy of the answer's tokens, in nats.
+# The model is SmolLM2-135M-Instruct: 30 blocks on 576 features, each with four matrices of attention (q, k, v, o) and
+# three of an MLP (gate, up, down). The task is that of the project's demo: given the signature of a function in
+# Python's standard library, write the first sentence of its docstring. Which pairs you get depends on your Python and
+# on what it has imported, so your numbers may not be exactly the stored ones. To stay within two minutes on two
+# cores we train the last six blocks, all seven matrices of each, *in full* with AdamW (two epochs of 64 examples, 4
+# to a step). The blocks below are frozen, so what they compute is a constant, which `workshop.inputs_of` computes
+# once. The loss is the mean cross-entropy of the answer's tokens, in nats (natural logarithms).
 
 # %%
 BLOCKS = 6
@@ -107,7 +112,7 @@ assert loss_after < loss_before - 0.2
 #
 # For each matrix: which share of $\lVert\cdot\rVert_F^2$, its *energy*, do the first $k$ directions carry? We compare
 # three matrices of the same shape: the change $\Delta W$, the weight $W$ it was added to, and independent Gaussian
-# noise. First one matrix, then all 42.
+# noise. First one matrix (its name's `0` is the first of the six blocks), then all 42.
 
 
 # %%
@@ -151,19 +156,23 @@ assert max(ratios) < 1  # in each of the 42, the change is more concentrated tha
 assert min(of_delta) > 16
 
 # %% [markdown]
-# That resolves predictions 1 and 2. In each of the 42 matrices the change is more *concentrated* than the weight it
-# was added to. Low rank is claimed of the **update**, not of the model: the last line says what a rank-16 matrix
-# would keep of $W$, from 8% to 53% of its energy depending on the matrix.
+# **Answers 1 and 2**, for the one matrix: 150 of 576 directions for $\Delta W$, 383 for $W$, nearly as many as the
+# 410 for noise. In each of the 42 matrices the change is more *concentrated* than the weight it was added to. Low
+# rank is claimed of the **update**, not of the model: the last line says what a rank-16 matrix would keep of $W$,
+# from 8% to 53% of its energy depending on the matrix.
 #
 # Still, 90% of the energy of every $\Delta W$ takes more than 16 directions. Is rank 16 then too little? Energy is not
 # the task.
 #
 # ## How much rank does the task need?
 #
-# Take the best rank-$r$ part of every $\Delta W$ and measure the held-out loss with it. To do so we use the real thing:
-# put the weights back, inject adapters with `lora.inject`, and write the factors of the truncated SVD into `lora_A`
-# and `lora_B`. These models are LoRA models: training LoRA of rank $r$ *could* find them, though nothing here says that
-# it does.
+# Take the best rank-$r$ part of every $\Delta W$ and measure the held-out loss with it. To do so we use the real
+# thing: put the weights back, inject adapters (a pair $A$, $B$ beside each matrix) with `lora.inject`, and write the
+# factors of the truncated SVD into `lora_A` and `lora_B`. LoRA adds $\frac{\alpha}{r} BA$, where you choose $\alpha$
+# (`lora_alpha`; [notebook 5](05_rank_alpha_init.ipynb) asks how): with $\alpha = r$ it is $BA$ itself. A layer can
+# hold several adapters, by name; one that you give no name is called `default`.
+#
+# These models are LoRA models: training LoRA of rank $r$ *could* find them, though nothing here says that it does.
 
 # %%
 RANK = 64
@@ -215,12 +224,13 @@ assert gain[64] > 0.9
 assert share[8] < 0.6 and rest_gain < gain[8] - 0.2  # about half of the energy is elsewhere, and it is worth less
 
 # %% [markdown]
-# Compare with your third guess. The best 8 directions of all matrices together hold less than 60% of the energy and
-# more than 80% of the gain; what is left over holds the other energy, and by itself it gains less.
+# **Answer 3.** The best 8 directions of all matrices together hold 45% of the energy and 94% of the gain; what is
+# left over holds the other 55%, and by itself has 18% of the gain. (The loss is not linear in the weights, so the
+# gains of two parts need not add up to 100%.)
 #
 # **The answer**, for this run: a change to a 576 × 1536 matrix does *not* fit into 8 or 16 directions, but what it is
-# good for on held-out text nearly does. This is one task, six blocks, 32 steps and one seed. Another task may need
-# more rank: what you have now is the instrument to measure it.
+# good for on held-out text nearly does: 94% and 96% of it. This is one task, six blocks, 32 steps and one seed.
+# Another task may need more rank: what you have now is the instrument to measure it.
 #
 # ## Exercises
 #
