@@ -28,14 +28,15 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # ## The derivation
 #
-# Write tokens as rows: $x$ is $[T, \text{in}]$, $A$ is $[r, \text{in}]$, $B$ is $[\text{out}, r]$, and
-# $h = xW^\top + s\,(xA^\top)B^\top$. Let $dy = \partial L / \partial h$. Changing $B$ by $\delta B$ changes $h$ by
-# $s\,(xA^\top)\,\delta B^\top$, and $L$ by the inner product of that with $dy$; the same for $A$. So
+# Write tokens as rows: $x$ is $[T, \text{in}]$, $A$ is $[r, \text{in}]$, $B$ is $[\text{out}, r]$, and $h = xW^\top +
+# s\,(xA^\top)B^\top$. Let $dy = \partial L / \partial h$, where $L$ is the loss. Changing $B$ by $\delta B$ changes
+# $h$ by $s\,(xA^\top)\,\delta B^\top$, and $L$ by the inner product of that with $dy$; the same for $A$. So
 #
 # $$dB = s\, dy^\top (xA^\top), \qquad dA = s\,(dy\,B)^\top x .$$
 #
 # Put $B = 0$: $dB = s\,dy^\top x A^\top = s\,G A^\top$, where $G = dy^\top x$ is the gradient that $W$ itself would
-# get, and $dA = 0$ *exactly*. One step of gradient descent moves $B$ only, and the weight by
+# get, and $dA = 0$ *exactly*. One step of gradient descent, with learning rate $\eta$, moves $B$ only, and the weight
+# by
 #
 # $$\Delta W = s B A = -\eta\, s^2\, G\, A^\top A .$$
 #
@@ -44,11 +45,12 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # %% [markdown]
 # ## The twenty lines
 #
-# A layer that holds a frozen linear layer and two small matrices. It has no maths of its own: it packs what it holds
-# into a `lora.Projection` and hands that to `lora.ops.lora_linear`, as the project's own
-# [`LoRALinear`](../lora/layers.py) does. A `Projection` is a named tuple, one linear map with its adapter:
-# `Projection(weight, bias, lora_A, lora_B, scaling, magnitude)`. The last is DoRA's and stays away until
-# [notebook 5](05_rank_alpha_init.ipynb).
+# A layer that holds a frozen linear layer and two small matrices. $A$ starts as torch starts its own linear layers,
+# uniform within $\pm 1/\sqrt{\text{in}}$. The layer has no maths of its own: it packs what it holds into a
+# `lora.Projection` and hands that to `lora.ops.lora_linear`, as the project's own [`LoRALinear`](../lora/layers.py)
+# does. A `Projection` is a named tuple, one linear map with its adapter: `Projection(weight, bias, lora_A, lora_B,
+# scaling, magnitude)`. The last belongs to DoRA, a variant of LoRA, and stays away until [notebook
+# 5](05_rank_alpha_init.ipynb).
 
 
 # %% tags=["setup"]
@@ -103,7 +105,18 @@ by_hand = x @ linear.weight.T + linear.bias + layer.scaling * (x @ layer.lora_A.
 assert_close(layer(x), by_hand, "h")
 assert torch.equal(layer(x), linear(x))  # prediction 1: h + 0 is h, so bit for bit
 
-layer(x).backward(dy)
+print(f"step 0: {int((layer(x) != linear(x)).sum())} of {dy.numel()} outputs differ from the frozen layer's")
+
+
+def backward(name: str) -> None:
+    """One backward; says how many entries of each gradient are not zero."""
+    layer.zero_grad()
+    layer(x).backward(dy)
+    counts = (f"{int(p.grad.count_nonzero())} of {p.numel()}" for p in (layer.lora_A, layer.lora_B))
+    print("{} backward: not zero are {} entries of dA and {} of dB".format(name, *counts))
+
+
+backward("first")
 G = dy.T @ x  # [32, 48]: the gradient that W would have
 assert torch.count_nonzero(layer.lora_A.grad) == 0  # prediction 2: exactly zero
 assert_close(layer.lora_B.grad, layer.scaling * G @ layer.lora_A.T, "dB")
@@ -114,11 +127,13 @@ with torch.no_grad():
     moved = layer.scaling * layer.lora_B @ layer.lora_A
 assert_close(moved, -lr * layer.scaling**2 * G @ layer.lora_A.T @ layer.lora_A, "ΔW after one step")
 
-layer.zero_grad()
-layer(x).backward(dy)
+backward("second")
 assert torch.count_nonzero(layer.lora_A.grad) == layer.lora_A.numel()  # from the second step on, A moves too
 
 # %% [markdown]
+# **Answers 1 and 2.** The output at step 0 is the frozen layer's bit for bit. Of the first gradients `lora_A.grad` is
+# zero, all of it; one step of $B$ later none of it is.
+#
 # Prediction 3, in numbers: four starts, what each does to the output at step 0, and what its first backward gives.
 
 # %%
@@ -146,11 +161,16 @@ assert starts["A random, B zero"][1] == 0 < starts["A random, B zero"][2]
 assert starts["A zero, B random"][2] == 0 < starts["A zero, B random"][1]
 
 # %% [markdown]
+# **Answer 3.** Two zeros get no gradient, so nothing would ever move. Two random factors change the output at once,
+# here by up to 0.49. One zero is enough, on either side.
+#
 # ## The same on a real model
 #
-# `lora.inject` puts such a layer around every linear layer of a model but its output head; here the model is the last
-# four blocks of SmolLM2. Twelve steps of plain gradient descent on eight docstrings, always the same batch, one seed;
-# we record how far $A$ and $B$ have moved. Then the same once more with $A$ frozen where it started.
+# `lora.inject` puts such a layer around every linear layer of a model but its output head, and `lora.for_training`
+# puts the model into training mode; here it is the last four blocks of SmolLM2. Twelve steps of plain gradient
+# descent on eight docstrings, always the same batch, one seed; before each step we record the loss and how far $A$
+# and $B$ have moved, so the last values are those after eleven. Then the same once more with $A$ frozen where it
+# started.
 
 # %%
 BLOCKS = 4
@@ -211,15 +231,14 @@ assert 0.3 < by_B < 0.95  # B alone gets a good part of it, not all
 
 # %% [markdown]
 # $dA = s\,(dy\,B)^\top x$ is in proportion to $B$, which starts at zero, while $A$ starts large. So in these first
-# steps $A$ changes by a small part of itself. With $A$ frozen a layer would be a *linear* model, with fixed random
-# features $Ax$ and trained weights $B$. The last run is that model: it gets a good part of the decrease, and not all.
-# So even a small move of $A$ counts. [Notebook 5](05_rank_alpha_init.ipynb) asks what the start means for learning
-# rates.
+# steps $A$ changes by a small part of itself, 1% here. With $A$ frozen a layer would be a *linear* model, with fixed
+# random features $Ax$ and trained weights $B$. The last run is that model: it gets 59% of the decrease. So even a
+# small move of $A$ counts. [Notebook 5](05_rank_alpha_init.ipynb) asks what the start means for learning rates.
 #
 # ## How much of the gradient does a random $A$ let through?
 #
-# The first step is $-\eta s^2 G A^\top A$. If the rows of $A$ were orthogonal and equally long, $A^\top A$ would be,
-# up to a factor that the cosine does not see, a projection onto $r$ of `in` dimensions, and with a random row space
+# The first step is $-\eta s^2 G A^\top A$. If the rows of $A$ were orthonormal (a common length is a factor that the
+# cosine does not see), $A^\top A$ would be a projection onto $r$ of `in` dimensions, and with a random row space
 #
 # $$\cos(\Delta W, -G) = \frac{\langle GA^\top A, G\rangle}{\lVert GA^\top A\rVert\,\lVert G\rVert} =
 # \frac{\lVert G A^\top\rVert}{\lVert G\rVert} \approx \sqrt{r / \text{in}} :$$
@@ -269,8 +288,9 @@ assert (orthogonal / random)[:5].max() < 1.03 and (orthogonal / random)[-1] > 1.
 
 # %% [markdown]
 # For small ranks the two curves agree. For large ones the rows of a random $A$ overlap: $A^\top A$ stretches some
-# directions more than others. Its eigenvalues have mean $r$ and variance $r\cdot\text{in}$ over the `in` directions (in
-# units of one entry's variance, Marchenko and Pastur), which gives the $r/(r + \text{in})$ under the root.
+# directions more than others. Its eigenvalues have mean $r$ and variance $r\cdot\text{in}$ over the `in` directions
+# (in units of one entry's variance, Marchenko and Pastur), and mean² / (mean² + variance) is the $r/(r + \text{in})$
+# under the root.
 #
 # **The answer.** One factor is zero so that step 0 is the frozen model; the other is not, so that something has a
 # gradient. With $B = 0$ the first step moves $B$ alone, and moves the weight by the gradient's part that a random $A$
