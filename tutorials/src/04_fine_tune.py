@@ -33,17 +33,17 @@ from workshop import COLOURS, assert_close, axes, checks, docstrings, finish
 #
 # ## The derivation
 #
-# Let $P$ be the number of weights and $p$ that of trainable numbers, 4 bytes each. Adam keeps two moving averages for
-# every *trainable* number:
+# Let $P$ be the number of the model's weights and $p$ that of trainable numbers, 4 bytes each. Adam keeps two moving
+# averages for every *trainable* number. Full fine-tuning trains the $P$ weights themselves, $p = P$. LoRA freezes
+# them and adds $p = \sum r\,(\text{in} + \text{out})$ numbers, over the adapted layers:
 #
-# $$\underbrace{4P}_{\text{weights}} + \underbrace{4p}_{\text{gradients}} + \underbrace{8p}_{\text{Adam}} +
-# \text{activations}(\text{tokens}) .$$
+# $$\underbrace{4P \text{, with LoRA } 4(P + p)}_{\text{weights}} + \underbrace{4p}_{\text{gradients}} +
+# \underbrace{8p}_{\text{Adam}} + \text{activations}(\text{tokens}) .$$
 #
-# Full fine-tuning has $p = P$. With LoRA, $p = \sum r\,(\text{in} + \text{out})$ over the adapted layers, on top of
-# the $P$ that are frozen. QLoRA stores the frozen weights of the adapted layers in a 4-bit format, NF4 (4.127 bits a
-# number with its scales, instead of 32), and decodes each when it is used; [notebook 6](06_nf4_qlora.ipynb) takes it
-# apart. Nothing in the formula says that *activations* shrink: a frozen layer no longer needs its input $x$ for $dW$;
-# yet $dA$ needs that same $x$.
+# QLoRA stores the frozen weights of the adapted layers in a 4-bit format, NF4 (4.127 bits a number with its scales,
+# instead of 32), and decodes each when it is used; [notebook 6](06_nf4_qlora.ipynb) takes it apart. Nothing in the
+# formula says that *activations* shrink: a frozen layer no longer needs its input $x$ for $dW$; yet $dA$ needs that
+# same $x$. What lives only inside one operation (a decoded weight, say) is not in the formula.
 #
 # Everything below is one model, one seed and one short run.
 
@@ -126,7 +126,7 @@ p = trainable.trainable
 embedding = model.get_input_embeddings().weight.nbytes
 half = workshop.batch(tokenizer, train_pairs[:2])
 of_half = workshop.saved_bytes(lambda: workshop.loss_of(model, half), [*model.parameters(), *model.buffers()])
-print(f"p / P = {p / P:.1%}; the embedding is {embedding / (4 * P):.0%} of the weights, and stays in float32")
+print(f"p / (P + p) = {p / (P + p):.2%}; the embedding, {embedding / (4 * P):.0%} of the weights, stays in float32")
 print(f"activations of LoRA: {table['LoRA']['activations'] / table['full']['activations']:.0%} of full fine-tuning's; "
       f"for {half.ids.numel()} tokens {of_half / 1e6:.1f} MB")  # fmt: skip
 assert table["LoRA"]["weights"] == 4 * (P + p)
@@ -138,14 +138,15 @@ assert abs(table["QLoRA"]["activations"] / table["LoRA"]["activations"] - 1) < 0
 assert half.ids.numel() < data[0].ids.numel() and of_half < 0.8 * table["LoRA"]["activations"]  # they grow with tokens
 
 # %% [markdown]
-# **The answer.** Gradients and optimizer state all but vanish: they go from $P$ to $p$. The weights stay until you
-# quantise them; in this small model the embedding, a fifth of all numbers, stays in float32. **Activations hardly
-# change**, and they grow with the tokens while everything else stays: [notebook 8](08_memory.ipynb) is about them.
+# **The answer.** Gradients and optimizer state all but vanish, from 1,614 MB to 59 MB: they go from $P$ to $p$. The
+# weights stay until you quantise them, which leaves 188 MB of 558; in this small model the embedding, a fifth of all
+# numbers, stays in float32. **Activations hardly change**, from 339 MB to 310 MB, and they grow with the tokens while
+# everything else stays: [notebook 8](08_memory.ipynb) is about them.
 #
 # ## Train it
 #
-# Twelve steps of four examples each, and each example once. Batches differ more than steps do, so the plot shows each
-# step's loss beside the base model's on the same batch.
+# Twelve steps of four examples each, and each example once. One batch's loss differs more from the next one's than a
+# step changes it, so the plot shows each step's loss beside the base model's on the same batch.
 
 # %%
 with lora.disable_adapters(model):
@@ -183,8 +184,9 @@ assert after != before
 # `merge` makes the sum in float32 and rounds it once, to the type of the weight. It returns what that last rounding
 # costs for each layer. For float32 weights it is *exactly* zero: there is nothing left to round. Two roundings remain
 # that it does not count, both of float32: the sum itself, which we compare with float64 below, and the forward, which
-# sums in another order, $xW'^\top$ instead of $xW^\top + s(xA^\top)B^\top$. They are why logits move at all. With
-# bfloat16 weights the last rounding is no longer zero: the last line does it to one layer.
+# sums in another order, $xW'^\top$ instead of $xW^\top + s(xA^\top)B^\top$. They are why the logits, the model's
+# scores of the next token, move at all. With bfloat16 weights (16 bits; rounding to it changes a number by up to
+# 1/256 of itself) the last rounding is no longer zero: the last line does it to one layer.
 
 # %%
 batch = held[0].arguments()
@@ -236,11 +238,14 @@ assert torch.equal(again, adapted)
 assert all(torch.equal(w, originals[n]) for n, w in model.named_parameters() if n in originals)
 
 # %% [markdown]
+# **Merging** does change the outputs: by 8e-5 at most, where the adapter itself changes them by up to 22. In float32
+# that is rounding and nothing else.
+#
 # ## Two adapters, one base
 #
-# A second adapter learns another task on the same frozen weights: the same sentences, IN CAPITALS, in six steps. Then
-# the base model and each adapter are measured on both tasks, on the same 16 held-out pairs. `set_adapter` chooses; no
-# weight is loaded or copied.
+# A second adapter learns another task on the same frozen weights: the same sentences, IN CAPITALS, in six steps. (The
+# first has the name `default`.) Then the base model and each adapter are measured on both tasks, on the same 16
+# held-out pairs. `set_adapter` chooses; no weight is loaded or copied.
 #
 # **Compare within a task, never across**: capitals are cut into other and more tokens, and nats a token of one text say
 # nothing beside nats a token of another.
@@ -262,11 +267,14 @@ lora.for_training(model)
 workshop.train(model, torch.optim.AdamW(lora.trainable_parameters(model), lr=1e-3), loud)
 lora.for_inference(model)
 
+grid = {"none": [loss_before], "default": [loss_after], "capitals": [workshop.mean_loss(model, held)]}  # two from above
 with lora.disable_adapters(model):
-    grid = {"none": [workshop.mean_loss(model, held), workshop.mean_loss(model, loud_held)]}
-for name in ("default", "capitals"):
+    grid["none"].append(workshop.mean_loss(model, loud_held))
+    assert torch.equal(forward()[0], base)  # the base is what it was: bit for bit
+for name in ("capitals", "default"):
     lora.set_adapter(model, name)
-    grid[name] = [workshop.mean_loss(model, held), workshop.mean_loss(model, loud_held)]
+    grid[name].append(workshop.mean_loss(model, loud_held))
+assert torch.equal(forward()[0], adapted)  # and so is the first adapter
 assert all(w.data_ptr() == places[n] for n, w in model.named_parameters() if n in places)
 
 counts = [sum(int((each.labels[:, 1:] != workshop.IGNORED).sum()) for each in task) for task in (held, loud_held)]
@@ -277,19 +285,14 @@ for number, (ax, task) in enumerate(zip(axes(2, width=3.4, height=2.4), ("senten
     ax.bar(list(grid), [row[number] for row in grid.values()], color=[COLOURS[5], *COLOURS[:2]])
     finish(ax, f"held-out loss on {task}", "adapter", "nats a token")
 
-lora.set_adapter(model, "default")
-with torch.no_grad():
-    assert torch.equal(model(**batch).logits, adapted)  # back to the first adapter: bit for bit
-with lora.disable_adapters(model), torch.no_grad():
-    assert abs(workshop.mean_loss(model, held) - loss_before) < 1e-6  # and the base is what it was
-assert abs(grid["none"][0] - loss_before) < 1e-6 and abs(grid["default"][0] - loss_after) < 1e-6  # as above
 assert grid["default"][0] < grid["capitals"][0] and grid["capitals"][1] < grid["default"][1]  # each is best at its own
 assert grid["default"][1] < grid["none"][1] and grid["capitals"][0] < grid["none"][0]  # and both help at the other's
 assert counts[1] > counts[0]
 
 # %% [markdown]
-# Read each column by itself. Each adapter is the best at its own task. In this run each also helps at the other's: the
-# two tasks share their sentences' words, and two tasks that share nothing may end otherwise.
+# Read each column by itself. Each adapter is the best at its own task. In this run, and that answers the last guess,
+# each also helps at the other's: 3.50 falls to 3.12, and 3.58 to 3.25. The two tasks share their sentences' words,
+# and two tasks that share nothing may end otherwise.
 #
 # ## Exercises
 #
