@@ -92,10 +92,10 @@ assert forward.count == 5 and backward.count == 9  # prediction 1
 # ## A kernel in ten lines
 #
 # A Triton kernel is written for one *program*, which handles one block. To *launch* a kernel is to start it, from the
-# CPU (the *host*), with a number of programs: `kernel[(3,)](…)` has three. A GPU runs many of them at the same time,
-# in no promised order. `program_id` says which one this is, `arange` makes the offsets of a whole block, a *mask*
-# says which of them exist. A tensor arrives as a pointer to its first number, `g_ptr`; `tl.load` and `tl.store` take
-# the pointer plus offsets. `tl.constexpr` marks what is known when the kernel is compiled.
+# CPU (the *host*), with a number of programs: `kernel[(3,)]` has three. A GPU runs many of them at the same time, in
+# no promised order. `program_id` says which one this is, `arange` makes the offsets of a whole block, a *mask* says
+# which of them exist. A tensor arrives as a pointer to its first number, `g_ptr`; `tl.load` and `tl.store` take the
+# pointer plus offsets. `tl.constexpr` marks what is known when the kernel is compiled.
 
 
 # %% tags=["setup"]
