@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 7. From PyTorch to Triton
 #
-# **The question.** PyTorch's kernels are fast. Why does the fast backend bring its own, and can you learn to read and
-# write them without a GPU?
+# **The question.** A *kernel* is a function that runs on a GPU, and PyTorch's are fast. Why does the fast backend
+# bring its own, and can you learn to read and write them without a GPU?
 
 # %% [markdown]
-# Triton's *interpreter* runs the source of the real kernels on CPU tensors, one program after the other. It must be
-# chosen before Triton is imported. What it computes is what the kernel says; it tells nothing of a GPU's speed.
+# Triton compiles Python functions, written in a small part of Python, to kernels. Its *interpreter* runs the same
+# source on CPU tensors. It must be chosen before Triton is imported. What it computes is what the kernel says; it
+# tells nothing of a GPU's speed.
 
 # %% tags=["setup"]
 import os
@@ -31,11 +32,13 @@ from workshop import COLOURS, ROOT, assert_close, axes, checks, finish
 # %% [markdown]
 # ## Predict
 #
-# 1. $h = \mathrm{silu}(g) \odot z$ in PyTorch is two operations. How many times does each number cross the memory
-#    bus, and how many times must it?
-# 2. A kernel with blocks of 128 runs over 300 elements without a mask. What does it read, and what does it *write*?
-# 3. On an H100 (3.35 TB/s, 989 TFLOP/s in 16 bits): does arithmetic or memory bound SwiGLU? And a LoRA linear layer
-#    4096 → 14336 on 64 tokens, on 8192?
+# 1. SwiGLU, $h = \mathrm{silu}(g) \odot z$, is two operations in PyTorch. How many tensors do they read from memory
+#    and write to it, and how many must be?
+# 2. A kernel works on blocks of 128 elements, and there are 300. If nothing tells it where to stop: what does it
+#    read, and what does it *write*?
+# 3. An H100, the GPU of this notebook, moves 3.35 TB/s to and from its memory and does 989 TFLOP/s ($10^{12}$
+#    operations a second) on 16-bit numbers. Which of the two limits SwiGLU? And a LoRA linear layer 4096 → 14336 on
+#    64 tokens, on 8192?
 #
 # ## The derivation: the roofline
 #
@@ -43,14 +46,15 @@ from workshop import COLOURS, ROOT, assert_close, axes, checks, finish
 #
 # $$t \ge \max\left(\frac{Q}{\beta}, \frac{F}{\pi}\right),$$
 #
-# with $\beta$ bytes and $\pi$ operations a second. The second term wins if its *intensity* $F/Q$ exceeds $\pi/\beta$:
-# on an H100 about 295 operations a byte, the *ridge* of the roof. SwiGLU reads $g$ and $z$, writes $h$, 2 bytes each,
-# and does some ten operations, if the exponential and the division count as several: intensity $10/6$. (The count need
-# not be exact. The 989 TFLOP/s are those of matrix products; other arithmetic reaches 67 in float32, and even so 20
-# operations a byte would be hidden behind memory, 120 for these six bytes.) So SwiGLU is bound by memory, and only
-# moving fewer bytes makes it faster. Two PyTorch operations read three numbers and write two ($\mathrm{silu}(g)$ goes
-# out to memory and comes back): five crossings. One fused kernel has three. We let PyTorch tell us what its operations
-# read and write:
+# with $\beta$ bytes and $\pi$ operations a second. The second term is the larger one, the kernel is *bound by
+# arithmetic*, if its *intensity* $F/Q$ exceeds $\pi/\beta$: on an H100 about 295 operations a byte, the *ridge* of
+# the roof. Else it is *bound by memory*. SwiGLU reads $g$ and $z$, writes $h$, 2 bytes a number, and does some ten
+# operations, if the exponential and the division count as several: intensity $10/6$. (The count need not be exact.
+# The 989 TFLOP/s are those of matrix products; other arithmetic reaches 67 in float32, and even so 20 operations a
+# byte would be hidden behind memory, 120 for these six bytes.) So SwiGLU is bound by memory, and only moving fewer
+# bytes makes it faster. Two PyTorch operations read three tensors and write two ($\mathrm{silu}(g)$ goes out to
+# memory and comes back): five crossings. A *fused* kernel, both operations in one, has three. We let PyTorch tell us
+# what its operations read and write:
 
 
 # %%
@@ -77,17 +81,21 @@ needed = 3 + 5  # forward g, z, h; backward dh, g, z, dg, dz
 both = forward.count + backward.count
 print(f"PyTorch: {forward.count} crossings forward and {backward.count} backward; needed: 3 and 5, "
       f"so {both / needed:.2f} times the bytes")  # fmt: skip
-assert forward.count == 5 and backward.count == 9
+assert forward.count == 5 and backward.count == 9  # prediction 1
 
 # %% [markdown]
-# By bytes alone, PyTorch's operations should take 1.75 times as long as fused kernels, forward and backward together.
-# [Measured on an H100](../docs/benchmarks/h100.md), they take 1.74 times as long as the project's.
+# Prediction 1: five crossings, of which three are needed. By bytes alone, PyTorch's operations should take 1.75 times
+# as long as fused kernels, forward and backward together. [Measured on an H100](../docs/benchmarks/h100.md), for
+# 8,192 tokens of 14,336 features in bfloat16, they take 1.74 times as long as the project's.
 
 # %% [markdown]
 # ## A kernel in ten lines
 #
-# A Triton kernel is written for one *program*, which handles one block. `program_id` says which one it is, `arange`
-# makes the offsets of a whole block, a *mask* says which of them exist.
+# A Triton kernel is written for one *program*, which handles one block. To *launch* a kernel is to start it, from the
+# CPU (the *host*), with a number of programs: `kernel[(3,)]` has three. A GPU runs many of them at the same time, in
+# no promised order. `program_id` says which one this is, `arange` makes the offsets of a whole block, a *mask* says
+# which of them exist. A tensor arrives as a pointer to its first number, `g_ptr`; `tl.load` and `tl.store` take the
+# pointer plus offsets. `tl.constexpr` marks what is known when the kernel is compiled.
 
 
 # %% tags=["setup"]
@@ -109,8 +117,8 @@ swiglu_kernel[(triton.cdiv(300, 128),)](g, z, h, 300, BLOCK=128)  # 3 programs, 
 assert_close(h, torch.nn.functional.silu(g) * z, "h")
 
 # %% [markdown]
-# **Without the mask** the last program reads and writes 84 numbers that are not its own. We give it a larger buffer, so
-# that we can look at the damage:
+# **Without the mask** (prediction 2) the last program reads and writes 84 numbers that are not its own. We give it a
+# larger buffer, so that we can look at the damage:
 
 
 # %%
@@ -133,11 +141,13 @@ assert (fine[300:] == 7).all() and (fine[:300] != 7).all()
 # %% [markdown]
 # ## Two dimensions, and who does what
 #
-# The project's [`gated_forward_kernel`](../lora/fast/kernels/activation.py) works on tiles of a matrix. Its offsets
-# come from `tile_offsets`. Products walk over their tiles in groups (`tile_in_group`): programs with neighbouring
-# numbers run at about the same time, and the fewer row blocks of $x$ and column blocks of $W^\top$ they read together,
-# the more of them are found in the cache. We let each program write its number into its tile, and count what the first
-# 16 programs read.
+# The project's [`gated_forward_kernel`](../lora/fast/kernels/activation.py), SwiGLU again, works on *tiles*,
+# rectangular blocks of a matrix. Its offsets come from `tile_offsets`. Kernels for matrix products, $xW^\top$, each
+# program making one tile of the result, walk over the tiles in groups (`tile_in_group`). Programs with neighbouring
+# numbers run at about the same time, and the fewer row blocks of $x$ and column blocks of $W^\top$ they read
+# together, the more of them are found in the cache, a small and fast memory for what was read last. We let each
+# program write its number into its tile, and count what the first 16 programs read. (A matrix product is called a
+# *GEMM* in the code: general matrix multiplication.)
 
 
 # %%
@@ -189,8 +199,8 @@ assert operand_tiles(plain) == 2 + 8 and operand_tiles(grouped) == 4 + 4
 # %% [markdown]
 # ## The real thing, in the interpreter
 #
-# `gated_forward` launches the kernel above with its masks, strides and types. Rows may be strided, so we give it the
-# two halves of one buffer, as the fast backend does.
+# `gated_forward` launches `gated_forward_kernel` with its masks, strides and types. The rows need not lie side by
+# side in memory, so we give it the two halves of one buffer, as the fast backend does.
 
 # %%
 both = torch.randn(13, 2 * 50)
@@ -208,9 +218,10 @@ assert_close(dz, truth[1], "dz", atol=1e-5)
 # %% [markdown]
 # ## The LoRA GEMM, step by step
 #
-# One tile of $h = xW^\top + s\,uB^\top$ in one program, with $u = xA^\top$ given. The trick is in the first line: **the
-# accumulator does not start at zero, it starts at the update**. So the update never goes to memory, and no addition of
-# its own is needed. In plain Python, one tile:
+# One tile of $h = xW^\top + s\,uB^\top$ in one program, with $u = xA^\top$ given (without $s$, as in [notebook
+# 3](03_backward.ipynb)). A program adds up its tile in an *accumulator*, which it holds in registers, the memory next
+# to the arithmetic. The trick is in the first line: **the accumulator does not start at zero, it starts at the
+# update**. So the update never goes to memory, and no addition of its own is needed. In plain Python, one tile:
 
 
 # %% tags=["setup"]
@@ -243,13 +254,16 @@ for number, (ax, state) in enumerate(zip(figures, states, strict=True)):
     ax.imshow(state, cmap="RdBu", vmin=-4, vmax=4)
     ax.set_xticks([])
     ax.set_yticks([])
-    finish(ax, "s·u Bᵀ" if number == 0 else f"+ x W, k < {16 * number}")
+    finish(ax, "s·u Bᵀ" if number == 0 else f"+ x Wᵀ, k < {16 * number}")
 
 # %% [markdown]
 # ## What it compiles to, without a GPU
 #
-# Triton's compiler needs no GPU: it compiles for an H100 on a laptop, and `lora.fast.kernels.compile_check` reads what
-# came out. (In a process of its own: under the interpreter, kernels are Python functions.) How to read the report:
+# Triton's compiler needs no GPU: it compiles for an H100 on a laptop, and `lora.fast.kernels.compile_check` reads
+# what came out. (In a process of its own: under the interpreter, kernels are Python functions.) On the GPU, a program
+# runs on one of its many *multiprocessors*, as a group of *threads*, often 128 or 256, which share the elements of a
+# tile among them. A multiprocessor can hold several programs at a time, and has *tensor cores*, units for small
+# matrix products. How to read the report:
 #
 # - **Registers** hold a thread's numbers. A thread has 255 at most, a multiprocessor 65,536 for all its threads: the
 #   more each takes, the fewer threads are there to work while others wait for memory.
@@ -257,16 +271,16 @@ for number, (ax, state) in enumerate(zip(figures, states, strict=True)):
 #   are paid at each step; the aim is 0.
 # - **Shared memory** is the multiprocessor's own, 227 KiB for one program at most. Tiles of $x$ and $W$ arrive there
 #   ahead of time, for all threads of the program.
-# - **Matrix instruction**: which generation of the tensor cores' instructions is used. HGMMA is Hopper's. The 989
-#   TFLOP/s are those of the tensor cores, so a product without one is far below the roof; an element-wise kernel has
-#   none.
+# - **Matrix instruction**: which generation of the tensor cores' instructions is used. HGMMA is that of Hopper, the
+#   H100's generation of GPUs. The 989 TFLOP/s are those of the tensor cores, so a product without one is far below
+#   the roof; an element-wise kernel has none.
 # - **128-bit loads** fetch eight 16-bit numbers a thread with one instruction. Narrower ones need more instructions for
 #   the same bytes.
 # - **Atomics** add to memory from several programs in whatever order they come: results could differ from run to run.
 #   There should be none.
 #
-# The spec lists also say how many bytes a call must move and how many operations it does, which is all the roofline
-# needs.
+# `compile_specs` lists kernels with sizes to compile them for. The list also says how many bytes a call must move and
+# how many operations it does, which is all the roofline needs. (`sm_90` is the compiler's name for Hopper.)
 
 # %%
 PROGRAM = """
@@ -329,18 +343,27 @@ for name, value in points.items():  # the thin products: x Aᵀ, and dA
         assert 0.9 * r < value < r, name
 
 # %% [markdown]
-# On 64 tokens the layer waits for memory, and nearly all of it is $W$: so it is in generation, where each of 64
-# sequences is one token further. On 8192 tokens it computes: so it is in training. The thin products of LoRA have an
-# intensity just below $r$, and wait for memory at any rank below the ridge. Hence the idea of this kernel: put the
-# update into the wide product: it adds under 1% of the operations, only the small $u$ and $B$ are read for it, and
-# $h$ is not touched twice.
+# Prediction 3: SwiGLU is bound by memory (1.7 operations a byte, the ridge is at 295), and so is the layer on 64
+# tokens (63), where nearly all it waits for is $W$: so it is in generation, where each of 64 sequences is one token
+# further. On 8192 tokens (2299) it is bound by arithmetic: so it is in training. The thin products of LoRA
+# (`skinny_gemm`, $xA^\top$, and `lora_A_gradient`, $dA$) have an intensity just below $r$, and wait for memory at any
+# rank below the ridge. Hence the idea of this kernel: put the update into the wide product: it adds under 1% of the
+# operations, only the small $u$ and $B$ are read for it, and $h$ is not touched twice.
 #
-# **A roof is not a measurement.** On an H100, for 8,192 tokens and 4096 → 4096, this kernel's forward takes 1.30 times
-# the time of the frozen product alone. PyTorch's product (cuBLAS), with the update added in place afterwards
-# (`addmm_`), takes 1.17: one more pass over $h$, but a better product. Backward the kernel wins, 1.07 against 1.18, but
-# saves less than its launches cost the host. So the linear layers of the fast backend use `addmm_`, parts of this
-# kernel serve many adapters in one batch ([notebook 9](09_trust_and_serve.ipynb)), and the MLP's updates are added by
-# the activation kernel, which reads $g$ and $z$ anyway. [Decision 5](../docs/decisions/0005-addmm.md) has all figures.
+# **A roof is not a measurement.** On an H100, in bfloat16, for 8,192 tokens, 4096 → 4096 and $r = 16$, with $u$
+# given, this kernel's forward takes 1.30 times the time of the frozen product alone (medians of 25 runs). PyTorch's
+# product (from cuBLAS, NVIDIA's library), with the update added in place afterwards (`addmm_`), takes 1.17: one more
+# pass over $h$, but a better product. For $dx$, with $du$ given, the kernel wins, 1.07 against 1.18, but saves less
+# time on the GPU than its launches take more on the host. So the linear layers of the fast backend use `addmm_`,
+# parts of this kernel serve many adapters in one batch ([notebook 9](09_trust_and_serve.ipynb)), and the MLP's
+# updates are added by the activation kernel, which reads $g$ and $z$ anyway. [Decision
+# 5](../docs/decisions/0005-addmm.md) has all figures.
+#
+# **The answer.** For the wide products of its linear layers the fast backend uses PyTorch's: its own lost forward,
+# and backward won too little. It brings its own for what is bound by memory, where one kernel in place of several
+# operations moves fewer bytes: 8 crossings instead of 14 for SwiGLU. And yes: the interpreter runs the source, the
+# compiler's output shows registers and spills, bytes and operations can be counted. Only how long a kernel takes
+# needs the GPU.
 #
 # ## Exercises
 #

@@ -25,15 +25,18 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # 1. 1,024 tokens, a vocabulary of 128k (131,072), float32. How many bytes are the logits? The loss is one number; what
 #    else has to stay for the backward, if not they?
-# 2. A chain of 16 equal blocks, each saving $a$ bytes with an input of $a/4$. Peak memory with checkpointing in every
-#    block, against none?
+# 2. *Checkpointing* a block keeps its input alone, and runs its forward again when the backward comes to it. A chain
+#    of 16 equal blocks, each saving $a$ bytes with an input of $a/4$: peak memory with checkpointing in every block,
+#    against none?
 # 3. Attention's output is as large as a block's input. Is it worth keeping, so that attention does not run again? Does
 #    the answer depend on the length of the sequence?
 # 4. A budget lets three of six equal blocks keep everything; the others run again. Which three should keep?
 #
 # ## The derivation, first part: a loss without logits
 #
-# One token's loss is $L = \log\sum_c e^{z_c} - z_y$ with $z = W h$. Its gradient is
+# One token's loss is $L = \log\sum_c e^{z_c} - z_y$, where the logits are $z = W h$, $W$ is the model's head
+# [vocabulary, features], $h$ the token's last hidden state, and $y$ the number of the token that should come next.
+# With $e_y$ for the vector that is 1 at $y$ and 0 elsewhere, its gradient is
 #
 # $$\frac{\partial L}{\partial z} = \mathrm{softmax}(z) - e_y, \qquad \frac{\partial L}{\partial h} =
 # W^\top\bigl(\mathrm{softmax}(z) - e_y\bigr) .$$
@@ -92,6 +95,10 @@ assert at_most["reference"][-1] / at_most["reference"][-2] > 1.9  # grows with t
 assert at_most["fast"][-1] / at_most["fast"][-2] < 1.1  # does not: a chunk's size is fixed
 
 # %% [markdown]
+# Prediction 1: 512 MiB. With all logits the peak here is five times the logits: the forward's and the backward's
+# tensors of that size are in memory together. By chunks it stops growing, and the arithmetic is the same: nothing
+# runs twice.
+#
 # ## Second part: checkpointing
 #
 # $n$ equal blocks, each with an input of $i$ bytes and saving $a$ for its backward. Kept until the backward:
@@ -192,12 +199,24 @@ assert abs(price[False] - 4 / 3) < 1e-9 and abs(price[True] - 3 / 2) < 1e-9
 assert all(chain_flops(4, frozen) == chain_flops(1, frozen) for frozen in price)  # segments cost the same
 
 # %% [markdown]
+# Prediction 2: $5a$ kept instead of $16a$, and at most 3.38 MiB instead of 9.00. The rest, in both, is what the
+# running block works with.
+#
 # ## Selective: not everything again
 #
 # A block's forward saves many things. Most are large and cheap to compute again (norms, activations). Attention's
-# output is only as large as the input, and costs a pass over all pairs of tokens: arithmetic that grows with the square
-# of the length. `selective` keeps this output, and the second run is handed it. We take the last six blocks of SmolLM2
-# and four short examples, give $B$ random values, as $B = 0$ would make $dA$ zero, and count how often attention runs.
+# output is only as large as the input, and costs a pass over all pairs of tokens: arithmetic that grows with the
+# square of the length. `lora.for_training(model, checkpointing=…)` has four modes:
+#
+# | mode | kept of a block until its backward | run again |
+# |---|---|---|
+# | `none` | all that it saves | nothing |
+# | `recompute` | its input | its forward |
+# | `selective` | its input and attention's output | its forward without attention |
+# | `offload` | nothing: its input waits in the host's memory, the CPU's | its forward |
+#
+# We take the last six blocks of SmolLM2 and four short examples, give $B$ random values, as $B = 0$ would make $dA$
+# zero, and count how often attention runs.
 
 
 # %%
@@ -241,12 +260,16 @@ assert all(torch.equal(gradients["none"], other) for other in gradients.values()
 # %% [markdown]
 # ## What each mode keeps: measured, and predicted
 #
-# A `Ledger` (from `lora.measure`) notes the memory of each tensor from its birth to its end, and the operations of all
-# matrix products and attention. We train one step in each mode under it, and read it between forward and backward.
+# A `Ledger` (from `lora.measure`) notes the memory of each tensor from its birth to its end, and the operations of
+# all matrix products and attention. We run one forward and backward in each mode under it, and read it between the
+# two.
 #
-# `lora.measure.measure` needs a single step to *predict* all modes: it runs the model block by block and notes what
-# each block would save, its input, and attention's outputs. `kept_by` adds these up for any choice of modes. If the
-# trace is right, its sums are what we measured.
+# `lora.measure.measure` *predicts* all modes without a run in each: it runs the model block by block and notes what
+# each block would save, its input, and attention's outputs. That is the *trace*. `kept_by` adds these up for any
+# choice of modes. If the trace is right, its sums are what we measured.
+#
+# What counts is what the step adds: parameters and the batch are in memory anyway. Block 0's input is a part of the
+# batch (what the frozen blocks below made of it), so it is not counted, and `recompute` keeps five inputs, not six.
 
 # %%
 MODES = ("none", "selective", "recompute")
@@ -267,9 +290,10 @@ for mode in MODES:
 lora.for_training(top)
 found = measure(top, arguments, lambda **_: workshop.loss_of(top, batch))  # the trace: one step
 for mode in MODES:
-    assert measured[mode] == found.kept_by([mode] * BLOCKS) + loss.nbytes  # to the byte; the loss itself is 4
+    assert measured[mode] == found.kept_by([mode] * BLOCKS) + loss.nbytes  # to the byte; the loss has 4 of them
 
-first, forward = found.blocks[1], sum(block.arithmetic for block in found.blocks)
+inner = found.blocks[1]  # like all but block 0, whose input does not count
+forward = sum(block.arithmetic for block in found.blocks)
 outside = sum(found.outside.values())  # saved after the blocks: logits of the answers' tokens, as this is the reference
 kept = {mode: (measured[mode] - outside) / 2**20 for mode in MODES}
 kept["offload, predicted"] = (found.kept_by(["offload"] * BLOCKS) - outside) / 2**20
@@ -280,15 +304,16 @@ ax.barh(list(kept), list(kept.values()), color=COLOURS)
 ax.invert_yaxis()
 finish(ax, f"kept between forward and backward, {BLOCKS} blocks, {batch.ids.numel()} tokens", "MiB")
 for mode in MODES:
-    print(f"{mode:<10} keeps {kept[mode]:6.2f} MiB, and runs {again[mode]:.1%} of the blocks' products again")
+    print(f"{mode:<10} keeps {kept[mode]:6.2f} MiB, and runs {again[mode]:.1%} of the blocks' arithmetic again")
 print(f"offload on a GPU would keep {kept['offload, predicted']:.2f} MiB, by the trace")
-print(f"a block saves {first.saved / first.input:.0f} times its input, attention's output is "
-      f"{first.attention / first.input:.2f} inputs")  # fmt: skip
+print(f"a block saves {inner.saved / inner.input:.0f} times its input, attention's output is "
+      f"{inner.attention / inner.input:.2f} inputs")  # fmt: skip
 assert kept["none"] > 5 * kept["selective"]
 assert kept["selective"] > 1.5 * kept["recompute"] > 3 * kept["offload, predicted"]
 assert again["none"] == 0 and again["recompute"] == 1
-assert abs(again["selective"] - (1 - first.attention_arithmetic / first.arithmetic)) < 1e-9
-assert first.saved > 10 * first.input and first.attention < 1.1 * first.input
+assert abs(again["selective"] - (1 - inner.attention_arithmetic / inner.arithmetic)) < 1e-9
+assert inner.saved > 10 * inner.input and inner.attention < 1.1 * inner.input
+assert found.blocks[0].input == 0
 
 # %% [markdown]
 # On so few tokens attention is a small part of the arithmetic, and `selective` spares little. Products cost the same
@@ -297,15 +322,15 @@ assert first.saved > 10 * first.input and first.attention < 1.1 * first.input
 
 # %%
 length = batch.ids.shape[1]
-products = (first.arithmetic - first.attention_arithmetic) / batch.ids.numel()  # operations a token
-pairs_of = first.attention_arithmetic / batch.ids.numel() / length  # a token, and each token that it looks at
+products = (inner.arithmetic - inner.attention_arithmetic) / batch.ids.numel()  # operations a token
+pairs_of = inner.attention_arithmetic / batch.ids.numel() / length  # a token, and each token that it looks at
 share = {n: pairs_of * n / (products + pairs_of * n) for n in (length, 1024, 8192)}
 print("attention's share of a block:", {f"{n} tokens": f"{value:.0%}" for n, value in share.items()})
 assert share[length] < 0.02 and share[1024] > 0.2 and share[8192] > 0.6  # prediction 3
 
 # %% [markdown]
-# Prediction 3: it depends: keeping it spares 2% of the second run's products at 57 tokens, a quarter at 1,024 and
-# most at 8,192, for one more input's worth of memory a block.
+# Prediction 3: it depends on the length: keeping it spares 2% of the second run's arithmetic at 57 tokens, a quarter
+# at 1,024 and most at 8,192, for one more input's worth of memory a block.
 #
 # **Offload** goes one step further than `recompute`: the inputs themselves wait in the host's memory. On a GPU a
 # block's input goes out while the next block computes, and comes back while the one after it runs backward. What it
@@ -330,11 +355,17 @@ assert (traffic.out, traffic.back, traffic.peak) == (0, 0, 0)  # on a CPU
 # %% [markdown]
 # ## A budget, and a plan
 #
-# Blocks need not all do the same. While block $i$ runs backward, the blocks before it still hold what they keep, and
-# those after it are done. While the loss is computed, *all* hold what they keep. So a step needs the largest of
+# Blocks need not all have the same mode. While block $i$ runs backward, the blocks before it still hold what they
+# keep, and those after it are done. While the loss is computed, *all* hold what they keep. So a step needs the
+# largest of
 #
 # $$\text{need}_i = \text{constant} + \sum_{j<i} \text{kept}_j + \text{running}_i, \qquad
 # \text{need}_\text{loss} = \text{constant} + \sum_j \text{kept}_j + \text{working}_\text{loss} .$$
+#
+# By its mode a block has $\text{kept}$, what it keeps for its backward, and $\text{running}$, what it has in memory
+# at most while it runs (its input and gradients included). $\text{constant}$ is what no mode changes: the gradients
+# of $A$ and $B$, the attention mask and the like. $\text{working}_\text{loss}$ is what the head and the loss have in
+# memory at most.
 #
 # A `Problem` (from `lora.planner`) holds these numbers: `choices[i][mode]` has `kept`, `running`, and the `cost`,
 # operations that run again. `leanest()` is the smallest budget that any plan fits, with this plan; `solve(budget)` is
@@ -450,6 +481,13 @@ print(f"between forward and backward: {between:,} bytes measured, {plan.kept:,} 
 assert between == plan.kept + loss.nbytes and ledger.most <= plan.peak
 
 # %% [markdown]
+# It does, to the byte (and the loss's 4), and stays below the peak that was promised.
+#
+# **The answer.** The bar is what the blocks save, here 19 times a block's input each, and the logits. The logits can
+# be left out at no cost in arithmetic. Of the blocks one can keep the inputs alone, here 2.55 MiB instead of 56.28,
+# and the price is one more forward of the blocks. Between the two, attention's outputs are worth keeping where
+# sequences are long, and a plan says which blocks may keep everything.
+#
 # ## Exercises
 #
 # **Exercise 1.** The loss without logits, by hand: the summed cross-entropy and its gradient with respect to `hidden`,
@@ -532,8 +570,9 @@ def check_best_segment(answer):
 # </details>
 #
 # **Exercise 3.** When is offloading free? A block's input of `tokens` × `features` in 2 bytes crosses a bus of `bus`
-# bytes a second, while a block does about $24\,\text{tokens}\cdot\text{features}^2$ operations at `speed` a second.
-# Return whether the copy takes no longer than the computing. (Does the number of tokens matter?)
+# bytes a second, while a block does about $24\,\text{tokens}\cdot\text{features}^2$ operations at `speed` a second
+# (some $12\,\text{features}^2$ weights, two operations each). Return whether the copy takes no longer than the
+# computing. (Does the number of tokens matter?)
 
 
 # %% tags=["exercise"]

@@ -27,14 +27,16 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # 1. A test says `torch.allclose(found, expected, atol=1e-2)`. A gradient's entries are about 0.003. Which wrong
 #    gradient passes for sure?
-# 2. A sum of 4096 products, each rounded by a relative $u$. How far off can it be at most, and how far is it usually?
+# 2. A sum of 4096 products, in which each step is rounded by a relative $u$ at most. How far off can it be at most,
+#    and how far is it usually?
 # 3. 100 adapters of rank 16 on a model of 8 billion weights: how much memory, against 100 merged models?
 #
 # ## The derivation: how wrong may a right answer be?
 #
-# Rounding gives $\mathrm{fl}(a \circ b) = (a \circ b)(1 + \delta)$ with $|\delta| \le u$, half the distance from 1 to
-# the next number of the type. A product $y = \sum_{k=1}^K x_k w_k$, summed in any order, passes each term through at
-# most $K$ roundings, so to first order
+# Rounding gives $\mathrm{fl}(a \circ b) = (a \circ b)(1 + \delta)$, for $\circ$ a sum or a product, with $|\delta|
+# \le u$, half the distance from 1 to the next number of the type ($2^{-24}$ in float32, $2^{-8}$ in bfloat16). A
+# product $y = \sum_{k=1}^K x_k w_k$, summed in any order, passes each term through at most $K$ roundings, so to first
+# order
 #
 # $$|\hat y - y| \;\le\; K\,u \sum_k |x_k||w_k| \qquad\text{(certain)},$$
 #
@@ -140,11 +142,16 @@ for positive, label in ((True, "one sign"), (False, "both signs")):
     assert mean < 4096 / 200
 
 # %% [markdown]
+# Prediction 2: 4,096 products can be off by $4096\,u\sum|x||w|$; on average they are off by 300 times less if all
+# have one sign, and by 12,000 times less if they have both. Six deviations lie between: above every error that we
+# saw, and far below what is certain.
+#
 # ## A bound at work, and a tolerance that is none
 #
-# One layer in bfloat16, forward and backward, from both backends; each element's error in units of its own bound. Then
-# three wrong gradients. `LinearCase` draws the inputs, `linear_bounds` derives the bounds of all four results, and
-# `assert_within` fails if any element is outside its own.
+# One layer in bfloat16, forward and backward, from both backends; each element's error in units of its own bound.
+# Then three wrong gradients: all zeros, one that forgot the scaling, one that lost the last token. `LinearCase` draws
+# the inputs, `linear_bounds` derives the bounds of all four results, and `assert_within` fails if any element is
+# outside its own.
 
 
 # %% tags=["setup"]
@@ -171,22 +178,22 @@ for backend in ("reference", "fast"):
         shares[backend, name] = ((found[name].double() - truth[name]).abs() / bounds[name]).flatten()
     print(f"{backend:<9} uses at most", {name: f"{float(shares[backend, name].max()):.0%}" for name in truth})
 
-mutants = {
-    "zero": torch.zeros_like(found["dlora_A"]),
+wrongs = {
+    "all zeros": torch.zeros_like(found["dlora_A"]),
     "no scaling": found["dlora_A"] / p.scaling,
     "last token lost": lora_linear_backward(dy[:-1], x[:-1], p).dlora_A,
 }
 rejected = {}
-for name, wrong in mutants.items():
+for name, wrong in wrongs.items():
     share = ((wrong.double() - truth["dlora_A"]).abs() / bounds["dlora_A"]).flatten()
-    shares["mutant", name] = share
+    shares["wrong dA", name] = share
     rejected[name] = float((share > 1).double().mean())
 
 ax = axes(width=6.0, height=3.2)
 edges = torch.logspace(-4, 3, 60)
 for (kind, name), share in shares.items():
-    if kind == "mutant" or name in ("h", "dlora_A"):
-        style = {"reference": "-", "fast": "--", "mutant": ":"}[kind]
+    if kind == "wrong dA" or name in ("h", "dlora_A"):
+        style = {"reference": "-", "fast": "--", "wrong dA": ":"}[kind]
         heights = torch.histc(share.clamp(min=1e-4).log10().float(), 59, -4, 3) / len(share)
         ax.step(edges[:-1], heights, style, where="post", label=f"{kind}: {name}")
 ax.axvline(1, color="black", lw=1)
@@ -202,18 +209,28 @@ assert torch.allclose(torch.zeros_like(small), small, atol=1e-2)  # prediction 1
 print(f"allclose, atol=1e-2: a gradient of zeros passes for one with entries up to {float(small.abs().max()):.3f}")
 
 # %% [markdown]
+# Prediction 1: zeros pass, since no entry is further than 0.01 from them. The bounds reject all three, at most of
+# their elements, and the right results use up to half of theirs.
+#
 # ## One input is no proof: properties, and mutants
 #
-# `assert_equivalent` does the above for any operation, with inputs that Hypothesis draws (odd sizes, strides,
-# specials) in the project's tests. Here is one case drawn by hand:
+# `assert_equivalent` does the above for any operation. That both backends are within the bound is a *property*: it
+# must hold for every input, not for one that somebody chose. [Hypothesis](https://hypothesis.readthedocs.io) is a
+# Python package for tests of properties: it draws many inputs, and where one fails it looks for a simpler one that
+# fails too. The project's tests of properties, in `tests/proof`, are called its *proofs*, though what they prove is
+# only that no drawn input failed. They draw odd sizes, tensors whose elements are not side by side, and numbers that
+# arithmetic treats apart (zeros, the smallest there are). Here is one case drawn by hand:
 
 # %%
 assert_equivalent(LinearInput(seed=1, shape=(3, 5), in_features=33, dtype=torch.bfloat16))
 print("lora_linear: both backends are within the bound on a case of 15 tokens and 33 features")
 
 # %% [markdown]
-# But who tests the tests? A **mutant** is the real source with one mistake. If the proofs pass on a mutant, they prove
-# nothing about that line. `mutate` makes one in memory, `run` runs the proofs on it in a process of its own.
+# But who tests the tests? A **mutant** is the real source with one mistake. If a proof fails on it, the mutant is
+# *killed*; if all pass, they say nothing about that line. `mutate` makes a mutant in memory, `run` runs the proofs on
+# it in a process of its own. We take two lines of the fast backend. One computes $du = s\,dy\,B$ ([notebook
+# 3](03_backward.ipynb); `dh` is $dy$), the other adds the update to $h$. `C.addmm_(X, Y)` adds $XY$ to $C$ in place,
+# with `alpha` times $XY$ and `beta` times the old $C$; both are 1 unless given.
 
 # %%
 from lora.testing.mutants import mutate, run
@@ -313,11 +330,17 @@ print(f"the thin products are {thin / wide:.2%} of the frozen products' arithmet
 assert thin / wide == adapter / weights < 0.0061
 
 # %% [markdown]
-# Merging is still right for *one* fine-tuning: it costs nothing at inference. From two on, sharing needs less memory.
-# Its price in arithmetic is the thin products, 0.60% at these sizes. Its price in *time* is more than that: thin
-# products wait for memory ([notebook 7](07_triton.ipynb)), and each is a launch.
-# [Measured on an H100](../docs/benchmarks/h100.md), one layer of 4096 × 4096 with 8 adapters and 8,192 tokens, forward
-# and backward as in training, takes about three times as long as the frozen product alone.
+# Prediction 3: 22 GB against 1,396. Merging is still right for *one* fine-tuning: it costs nothing at inference. From
+# two on, sharing needs less memory. Its price in arithmetic is the thin products, 0.60% at these sizes. Its price in
+# *time* is more than that: thin products wait for memory, and each is a launch, a kernel of its own ([notebook
+# 7](07_triton.ipynb)). [Measured on an H100](../docs/benchmarks/h100.md), one layer of 4096 × 4096 with 8 adapters
+# and 8,192 tokens, forward and backward as in training, takes about three times as long as the frozen product alone.
+#
+# **The answer.** Not by equality, and not by a tolerance that somebody found wide enough: by a bound for each
+# element, derived from the roundings, against the same formula in float64, on drawn inputs, with tests that have been
+# seen to fail on mistakes. It is no certainty: six deviations are a statement about probability, and inputs that
+# nobody drew may hide a mistake. A hundred fine-tunings share one frozen model, and each brings its thin $A$ and $B$:
+# 0.60% of the weights.
 #
 # ## Exercises
 #
@@ -352,8 +375,9 @@ def check_product_bound(answer):
 # ```
 # </details>
 #
-# **Exercise 2.** The test itself. `accepts(found, truth, bound)` returns whether every element is within its bound. The
-# checker gives it right results and mutants: zeros, a result twice as large, a wrong last row, a NaN, a wrong shape.
+# **Exercise 2.** The test itself. `accepts(found, truth, bound)` returns whether every element is within its bound.
+# The checker gives it a right result and wrong ones: zeros, a result twice as large, a wrong last row, a NaN, a wrong
+# shape.
 
 
 # %% tags=["exercise"]
@@ -372,8 +396,8 @@ def check_accepts(answer):
     last, nan = right.clone(), right.clone()
     last[-1], nan[0, 3] = last[-1].flip(0), torch.nan
     wrong = {"zeros": right * 0, "twice the result": 2 * right, "a wrong last row": last, "a NaN": nan}
-    for name, mutant in (wrong | {"a row too few": right[:-1]}).items():
-        assert answer(mutant, truth, bound) is False, f"a mutant survives: {name}."
+    for name, other in (wrong | {"a row too few": right[:-1]}).items():
+        assert answer(other, truth, bound) is False, f"a wrong result is accepted: {name}."
 
 
 # %% [markdown]
@@ -424,7 +448,7 @@ def check_many(answer):
 # ```
 #
 # A GPU does not like the loop: [`lora/fast/kernels/multi_lora.py`](../lora/fast/kernels/multi_lora.py) sorts the rows
-# by adapter and does all of them in one launch.
+# by adapter, and then does the products with all $A_j$ in one launch and those with all $B_j$ in another.
 # </details>
 #
 # ## Where this lives in the code
