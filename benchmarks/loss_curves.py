@@ -5,7 +5,8 @@
 The demo's model, data and settings, with dropout; each run is `lora train` in a process of its own, with the same seed.
 A third run is the control: the reference again, its element-wise parts on other instructions of the same processor
 (ATEN_CPU_CAPABILITY), so that they round differently. It shows what training makes of rounding alone. A fourth is the
-truth, in float64. Some ten minutes on two cores.
+truth, in float64. Then each run's model tells the loss of every held-out token, in a process of its own again. Some
+twelve minutes on two cores.
 """
 
 from __future__ import annotations
@@ -84,12 +85,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "loss_curves", help="where the runs write")
     parser.add_argument("--redraw", action="store_true", help="train nothing: draw the runs that --work holds")
+    parser.add_argument("--tokens-of", metavar="RUN", help="only write the losses of a run's held-out tokens")
     given = parser.parse_args()
+    if given.tokens_of:
+        write_token_losses(given.work, given.tokens_of)
+        return
     given.output.mkdir(parents=True, exist_ok=True)
     if not given.redraw:
         prepare(given.work, given.steps, given.dropout)
         for name in RUNS:
             train(given.work, name)
+            this_script("--work", str(given.work), "--tokens-of", name, environment=RUNS[name][2])
     import torch
     import yaml
 
@@ -143,6 +149,42 @@ def train(work: Path, name: str) -> None:
     command = [sys.executable, "-m", "lora", "train", "--config", str(work / "config.yaml")]
     command += ["--backend", backend, "--dtype", dtype, "--output", str(output), "--overwrite"]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+def this_script(*arguments: str, environment: dict[str, str]) -> None:
+    """This file again, in a process of its own."""
+    subprocess.run([sys.executable, __file__, *arguments], check=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+def write_token_losses(work: Path, name: str) -> None:
+    """tokens.json: the loss of each token of the held-out conversations, by the base and by the trained model."""
+    import lora
+
+    backend, dtype, _ = RUNS[name]
+    lora.use_backend(backend)
+    model, tokenizer = lora.load(demo.MODEL, dtype=dtype)
+    rows = (json.loads(line) for line in (work / "held_out.jsonl").read_text(encoding="utf-8").splitlines())
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    conversations = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    found = {"before": token_losses(model, conversations)}
+    lora.load_adapter(model, work / name / "adapter")
+    found["after"] = token_losses(lora.for_inference(model), conversations)
+    (work / name / "tokens.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def token_losses(model: Any, conversations: list[Any]) -> list[float]:
+    """Of all but each one's first token, through the backend's own loss."""
+    import torch
+
+    import lora
+
+    losses: list[float] = []
+    with torch.no_grad():
+        for ids in conversations:
+            hidden = model.model(ids).last_hidden_state[:, :-1]
+            each = lora.ops.linear_cross_entropy(hidden, model.lm_head.weight, ids[:, 1:], reduction="none")
+            losses += each.flatten().tolist()
+    return losses
 
 
 def read(output: Path) -> Curve:

@@ -1,4 +1,4 @@
-"""The floor of a step: its matrix products alone, in buffers that are there already, and the bytes they must move.
+"""The floor of a step: its matrix products alone, each by the faster library, and the bytes they must move.
 
 A frozen [out, in] matrix takes part in the forward and in dx; an adapter in six thin products. The first block's q, k, v
 need no dx: nothing before them trains. The head sees the rows that have a label. Attention is torch's fused kernel, forward
@@ -7,16 +7,22 @@ and backward. A product's bytes are its operands read and its result written, on
 
 from __future__ import annotations
 
+import functools
+import timeit
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.cpu.models import R, frozen_linears
+from lora.fast.products import product
 
 FLOAT = 4  # bytes
+TRIALS = 4  # of each way to multiply
 
 
 class Product(NamedTuple):
@@ -80,20 +86,29 @@ def step_floor(model: Any, sequences: int, length: int, labelled: float = 1.0, r
 
 
 def floor_of(products: Counter[Product]) -> Floor:
-    """Each product as often as it is needed."""
-    prepared = [(operands(product), count) for product, count in products.items()]
+    """Each product as often as it is needed; what runs is prepared when it first runs."""
+
+    @functools.cache
+    def prepared() -> list[tuple[Callable[[], object], int]]:
+        return [(fastest(*operands(each)), count) for each, count in products.items()]
 
     def run() -> tuple[()]:
-        for (left, right, out), count in prepared:
+        for multiply, count in prepared():
             for _ in range(count):
-                torch.mm(left, right, out=out)
+                multiply()
         return ()
 
     moved = sum(count * FLOAT * (p.m * p.k + p.k * p.n + p.m * p.n) for p, count in products.items())
     return Floor(run, moved, sum(count * 2 * p.m * p.k * p.n for p, count in products.items()))
 
 
-def operands(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def fastest(left: Tensor, right: Tensor, out: Tensor) -> Callable[[], object]:
+    """The way to multiply that takes the least time of a few: PyTorch's, into a buffer that is there, or ours."""
+    ways: list[Callable[[], object]] = [partial(torch.mm, left, right, out=out), partial(product, left, right)]
+    return min(ways, key=lambda multiply: min(timeit.repeat(multiply, number=1, repeat=TRIALS)))
+
+
+def operands(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     """Random, as the step has them: a transposed one is a view."""
     m, k, n, transposed = product
     left = torch.randn(k, m).T if transposed == "left" else torch.randn(m, k)
