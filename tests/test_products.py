@@ -72,6 +72,23 @@ def test_a_model_is_multiplied_by_onednn_unless_it_is_turned_off(monkeypatch):
         assert not calls
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "forward", "lopsided"),
+    [
+        (64, 64, True, False), (65, 64, True, True), (64, 65, True, False),
+        (65, 64, False, False), (4096, 64, False, False), (4097, 64, False, True),
+        (4096, 5000, True, False), (4097, 5000, True, True),
+    ],
+)  # fmt: skip
+def test_what_meets_few_large_numbers_is_mms(monkeypatch, k, n, forward, lopsided):
+    """x Wᵀ of a layer that makes rows narrower, and any sum of more than 4,096 terms."""
+    calls = counted(monkeypatch)
+    x, w = torch.randn(3, k), torch.randn(n, k).T if forward else torch.randn(k, n)
+    y = products.product(x, w)
+    assert bool(calls) == (ONEDNN and not lopsided)
+    assert not lopsided or torch.equal(y, torch.mm(x, w))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_types_are_mms(monkeypatch, dtype):
     calls = counted(monkeypatch)

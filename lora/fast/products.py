@@ -4,6 +4,11 @@ On a CPU `torch.mm` of float32 is MKL's. oneDNN, in the same build, is faster at
 two-core AMD EPYC with AVX-512 in 71 to 94% of the time (docs/decisions/0010-onednn.md). It returns a
 new tensor and cannot write into a given one: products that add to something, `addmm_`, stay MKL's.
 `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off, here as everywhere.
+
+oneDNN adds the terms of a sum one after another. Where a few are far larger than the rest, all that follow are rounded
+at their size, and MKL, which adds blocks, is several times nearer to the truth. Two products of a model are like that,
+known by their shape: an MLP's hidden features, some of them hundreds of times the others, through down_proj, and the
+gradient of the logits, -1 at the label, through the head. Those are MKL's.
 """
 
 from __future__ import annotations
@@ -15,13 +20,21 @@ from torch import Tensor
 
 from lora.fast.runtime import kind_of
 
+LONGEST = 4096  # terms of a sum that oneDNN is given
+
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left · right, [m, k] by [k, n], a new tensor."""
     dense = right.is_contiguous() or right.T.is_contiguous()  # any other takes oneDNN hundreds of times as long
-    if dense and by_onednn(left, right) and not left.is_meta:
+    if dense and by_onednn(left, right) and not left.is_meta and not is_lopsided(right):
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")  # type: ignore[no-any-return]
     return torch.mm(left, right)
+
+
+def is_lopsided(right: Tensor) -> bool:
+    """Whether the rows that meet `right`, [k, n], have a few far larger numbers: a down_proj's Wᵀ, or a head's W."""
+    terms, width = right.shape
+    return terms > LONGEST or (terms > width and not right.is_contiguous())
 
 
 def by_onednn(*operands: Tensor) -> bool:

@@ -76,6 +76,7 @@ WRITTEN: dict[str, list[Text]] = {
         ("oneDNN's product has a cut-off at zero", 'right.T, None, "none", [], "")', 'right.T, None, "relu", [], "")'),
         ("a tall product's factors are taken the wrong way round", "return torch.mm(right.T, left.T).T", "return torch.mm(left, right).flip(0)"),
         ("oneDNN is given what it cannot multiply", "and x.numel() for x", "for x"),
+        ("oneDNN adds up sums of any length", "return terms > LONGEST or (", "return False or ("),
     ],
     "parts": [
         ("the scaling rounded to a whole number", "static.append((quantised, float(scaling)))",
