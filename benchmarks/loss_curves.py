@@ -338,7 +338,7 @@ def draw_errors(axes: Any, curves: dict[str, Curve]) -> None:
     unit = {step: rounding(loss) for step, loss in truth.training.items()}
     floor = min(unit.values()) / 4
     shown = {
-        "control": ("control: reference, other instructions", GREY),
+        "control": ("control: other instructions", GREY),
         "reference": ("reference", RED),
         "fast": ("fast", BLUE),
     }
@@ -348,7 +348,7 @@ def draw_errors(axes: Any, curves: dict[str, Curve]) -> None:
         axes.plot(steps, values, color=color, linewidth=1.4, marker="o", markersize=3, label=label)
         exact = [step for step, error in errors[name].items() if not error]
         axes.plot(exact, [floor] * len(exact), color=color, linestyle="", marker="x", markersize=5)
-    axes.step(*points(unit), where="mid", color="black", linewidth=1, label="one float32 rounding of the loss")
+    axes.step(*points(unit), where="mid", color="black", linewidth=1, label="one float32 rounding")
     axes.set_yscale("log")
     zeros = any(not error for found in errors.values() for error in found.values())
     axes.set_ylim(bottom=floor / 1.6 if zeros else floor, top=axes.get_ylim()[1] * 8)  # room for the legend
