@@ -26,9 +26,9 @@ demo: $(SETUP)  ## fine-tune a real model on real text, in a few minutes
 	$(BIN)/python examples/docstrings.py
 
 test: check  ## lint, types, and every test (Triton kernels in its interpreter, in a process of their own)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 tests/kernels tests/proof
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 tests/mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal tests/kernels tests/proof
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal tests/mutants
 
 tutorials: $(SETUP_TUTORIALS)  ## run every notebook from top to bottom, and store what it prints and draws
 	OMP_NUM_THREADS=1 $(BIN)/python tutorials/build.py --jobs 2

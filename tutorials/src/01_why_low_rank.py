@@ -2,8 +2,8 @@
 # # 1. Why low rank
 #
 # **The question.** Fine-tuning changes millions of weights. LoRA (low-rank adaptation) claims that a change of rank 8
-# or 16 is enough: a sum of 8 or 16 products $u v^\top$ of a column and a row. Why should a change to a 576 × 1536
-# matrix fit into so few directions?
+# or 16 is enough: a sum of 8 or 16 products $u v^\top$ of a column and a row. Does a change to a 576 × 1536 matrix
+# fit into so few directions?
 #
 # We fine-tune a real model *in full*, with no LoRA anywhere, take the change $\Delta W = W_{\text{after}} -
 # W_{\text{before}}$ of every trained matrix, and look at it. It is one model, one task, one seed and one run: what
@@ -69,13 +69,15 @@ assert min(rivals) >= lost
 # %% [markdown]
 # ## A real fine-tune
 #
-# The model is SmolLM2-135M-Instruct: 30 blocks on 576 features, each with four matrices of attention (q, k, v, o) and
-# three of an MLP (gate, up, down). The task is that of the project's demo: given the signature of a function in
-# Python's standard library, write the first sentence of its docstring. Which pairs you get depends on your Python and
-# on what it has imported, so your numbers may not be exactly the stored ones. To stay within two minutes on two
-# cores we train the last six blocks, all seven matrices of each, *in full* with AdamW (two epochs of 64 examples, 4
-# to a step). The blocks below are frozen, so what they compute is a constant, which `workshop.inputs_of` computes
-# once. The loss is the mean cross-entropy of the answer's tokens, in nats (natural logarithms).
+# The model is SmolLM2-135M-Instruct: a *token* is a piece of a word, the model makes 576 numbers (*features*) of each
+# and passes them through 30 *blocks*, each an attention (matrices q, k, v, o), which mixes tokens, and an MLP (gate,
+# up, down), which works on each token by itself. The task is that of the project's demo: given the signature of a
+# function in Python's standard library, write the first sentence of its docstring. Which pairs you get depends on
+# your Python and on what it has imported, so your numbers may not be exactly the stored ones. To stay within two
+# minutes on two cores we train the last six blocks, all seven matrices of each, *in full* with AdamW (two epochs of
+# 64 examples, 4 to a step). The blocks below are frozen, so what they compute is a constant, which
+# `workshop.inputs_of` computes once. The loss is the mean cross-entropy of the answer's tokens, in nats (natural
+# logarithms).
 
 # %%
 BLOCKS = 6
@@ -224,9 +226,9 @@ assert gain[64] > 0.9
 assert share[8] < 0.6 and rest_gain < gain[8] - 0.2  # about half of the energy is elsewhere, and it is worth less
 
 # %% [markdown]
-# **Answer 3.** The best 8 directions of all matrices together hold 45% of the energy and 94% of the gain; what is
-# left over holds the other 55%, and by itself has 18% of the gain. (The loss is not linear in the weights, so the
-# gains of two parts need not add up to 100%.)
+# **Answer 3.** The best 8 directions of each matrix hold, taken over all 42, 45% of the energy and 94% of the gain;
+# what is left over holds the other 55%, and by itself has 18% of the gain. (The loss is not linear in the weights, so
+# the gains of two parts need not add up to 100%.)
 #
 # **The answer**, for this run: a change to a 576 × 1536 matrix does *not* fit into 8 or 16 directions, but what it is
 # good for on held-out text nearly does: 94% and 96% of it. This is one task, six blocks, 32 steps and one seed.

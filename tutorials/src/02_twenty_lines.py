@@ -231,9 +231,10 @@ assert 0.3 < by_B < 0.95  # B alone gets a good part of it, not all
 
 # %% [markdown]
 # $dA = s\,(dy\,B)^\top x$ is in proportion to $B$, which starts at zero, while $A$ starts large. So in these first
-# steps $A$ changes by a small part of itself, 1% here. With $A$ frozen a layer would be a *linear* model, with fixed
-# random features $Ax$ and trained weights $B$. The last run is that model: it gets 59% of the decrease. So even a
-# small move of $A$ counts. [Notebook 5](05_rank_alpha_init.ipynb) asks what the start means for learning rates.
+# steps $A$ changes by a small part of itself, 1% here. With $A$ frozen each layer's update is *linear* in what is
+# trained: fixed random features $Ax$, weights $B$. In the last run all layers are like that: it gets 59% of the
+# decrease. So even a small move of $A$ counts. [Notebook 5](05_rank_alpha_init.ipynb) asks what the start means for
+# learning rates.
 #
 # ## How much of the gradient does a random $A$ let through?
 #

@@ -38,8 +38,8 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # With $\alpha/r$ a larger rank learns *more slowly*, though it can express more. That is the argument for
 # $\alpha/\sqrt r$, `use_rslora` (rsLoRA, Kalajdzievski 2023). It is about plain gradient descent; Adam divides
-# gradients by their size, which changes the exponent, so we measure both, on the last three blocks of SmolLM2. All
-# below is one model, one seed, 48 pairs in one order, and 16 held-out pairs.
+# gradients by their size, which changes the exponent. For Adam we look only at where twelve steps end, at two ranks,
+# on the last three blocks of SmolLM2. All below is one model, one seed, 48 pairs in one order, and 16 held-out pairs.
 
 # %%
 BLOCKS = 3
@@ -193,9 +193,10 @@ assert abs(results["DoRA"]["held"] - results["LoRA"]["held"]) < 0.05
 # %% [markdown]
 # **Answer 2**: yes. All five start at the base model, PiSSA and OLoRA too, since $s\,B_0A_0$ is taken off the base.
 # At this learning rate LoRA and DoRA gain least, and they are also the two that moved the weights least: $B$ starts
-# at zero and reads a small $Ax$. LoRA+ makes $B$'s steps longer; PiSSA and OLoRA start with larger factors, so that
-# the same $\eta$ moves the product further. Is their lead more than longer steps? Give each method three learning
-# rates, a factor of 4 apart, and take its best. (DoRA gets the first two, to save time: so far it did what LoRA did.)
+# at zero and reads a small $Ax$. LoRA+ makes $B$'s steps longer; PiSSA and OLoRA start from a product that is not
+# zero, so that the same $\eta$ moves the product further. Is their lead more than longer steps? Give each method
+# three learning rates, a factor of 4 apart, and take its best. (DoRA gets the first two, to save time: so far it did
+# what LoRA did.)
 
 # %%
 rates = (5e-4, 2e-3, 8e-3)
@@ -241,8 +242,8 @@ assert apart_at_best < 0.35 * apart_at_one
 # included.
 #
 # **The answer**, as far as this notebook goes. The rank bounds what can be learnt, and DoRA changes the function.
-# $\alpha$ and `use_rslora` set the scaling: how far a step goes, which is the learning rate's work too. LoRA+, PiSSA
-# and OLoRA did here what a larger learning rate did for plain LoRA, most of it at least.
+# $\alpha$ and `use_rslora` set the scaling: how far a step goes, which is the learning rate's work too. What LoRA+,
+# PiSSA and OLoRA gained over LoRA at one learning rate, plain LoRA gained from a larger one, most of it at least.
 #
 # ## Exercises
 #

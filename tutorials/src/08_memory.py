@@ -105,12 +105,14 @@ assert at_most["fast"][-1] / at_most["fast"][-2] < 1.1  # does not: a chunk's si
 #
 # $$\text{none}: n a \qquad \text{every block}: n i + a \qquad \text{segments of } k:\ \tfrac nk\, i + k a .$$
 #
-# "Every block" keeps the inputs; when the backward comes to a block, it runs that block's forward again, and for a
-# moment its $a$ is there. The price is one more forward of the blocks, in either form. A product's forward is one
-# matrix product, its $dx$ another, its $dW$ a third: so a third more arithmetic in full training, and half as much
-# again where the weights are frozen and have no $dW$. With segments, the least is at $k = \sqrt{n i / a}$ (Chen et
-# al. 2016: memory like $\sqrt n$). In a transformer $a$ is many times $i$ (we shall measure 19), and $k = 1$ keeps
-# less than $k = 2$ as long as $n < 2a/i$, here up to 38 blocks; SmolLM2 has 30.
+# A *segment* is $k$ blocks in a row of which only the first one's input is kept; when the backward comes to it, all
+# $k$ run again, and their $ka$ is there. "Every block" keeps all inputs; when the backward comes to a block, it runs
+# that block's forward again, and for a moment its $a$ is there. The price is one more forward of the blocks, in
+# either form. A product's forward is one matrix product, its $dx$ another, its $dW$ a third: so a third more
+# arithmetic in full training, and half as much again where the weights are frozen and have no $dW$. With segments,
+# the least is at $k = \sqrt{n i / a}$ (Chen et al. 2016: memory like $\sqrt n$). In a transformer $a$ is many times
+# $i$ (we shall measure 19), and $k = 1$ keeps less than $k = 2$ as long as $n < 2a/i$, here up to 38 blocks; SmolLM2
+# has 30.
 #
 # What really is in memory at most is a little more: the working memory of the one block that runs, and the gradient
 # that goes back.
@@ -417,9 +419,9 @@ assert all(a >= b for a, b in itertools.pairwise(extra))  # a larger budget neve
 assert extra[-1] == 0 and extra[0] == 1
 
 # %% [markdown]
-# Read the right picture from the bottom: each row is the plan of one budget. Blocks 1 to 5 save memory first and keep
-# last: those that keep everything are at the end. Block 0 is the first to keep everything, against that order. Why
-# either?
+# Read the right picture from the bottom: each row is the plan of one budget. Among blocks 1 to 5 those with low
+# numbers save memory, and those with high numbers keep everything. Block 0 keeps everything before any other does,
+# against that order. Why either?
 #
 # The peak of all 729 plans is at the loss, where all blocks hold what they keep. There a block's place does not matter,
 # only how much all keep together: prediction 4, any three equal blocks do. (Were the loss to take no memory, the

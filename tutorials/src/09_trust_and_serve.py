@@ -51,9 +51,10 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # $$\mathrm E \sum_{k=1}^K s_k^2 \;\approx\; \frac K6\, q + \frac K3\, y^2 .$$
 #
-# The second part is what the partial sums are on average: $s_k \approx \frac kK y$, and
-# $\sum_k (k/K)^2 \approx \frac K3$. So $y^2$ is there because a sum that grows is rounded at its own size; where all
-# terms have one sign it is the larger part. The first part is the scatter around that.
+# The second part is what the partial sums are on average: $s_k \approx \frac kK y$, and $\sum_k (k/K)^2 \approx \frac
+# K3$. In random order $s_k$ scatters around that with a variance of about $\frac{k(K-k)}{K^2}q$, and $\sum_k
+# k(K-k)/K^2 \approx \frac K6$: the first part. So $y^2$ is there because a sum that grows is rounded at its own size;
+# where all terms have one sign it is the larger part.
 #
 # **Room.** Real orders are not random, and the products are rounded too. The project takes $K(q + y^2)$ instead, at
 # most six times that expectation.
@@ -142,9 +143,10 @@ for positive, label in ((True, "one sign"), (False, "both signs")):
     assert mean < 4096 / 200
 
 # %% [markdown]
-# Prediction 2: 4,096 products can be off by $4096\,u\sum|x||w|$; on average they are off by 300 times less if all
-# have one sign, and by 12,000 times less if they have both. Six deviations lie between: above every error that we
-# saw, and far below what is certain.
+# Prediction 2: 4,096 products can be off by $4096\,u\sum|x||w|$; on average they are off by about 300 times less if
+# all have one sign, and by 12,000 times less if they have both. There six deviations lie between: above every error
+# that we saw, and far below what is certain. For very few products the certain bound is the smaller one, and the
+# project takes that.
 #
 # ## A bound at work, and a tolerance that is none
 #
@@ -209,7 +211,7 @@ assert torch.allclose(torch.zeros_like(small), small, atol=1e-2)  # prediction 1
 print(f"allclose, atol=1e-2: a gradient of zeros passes for one with entries up to {float(small.abs().max()):.3f}")
 
 # %% [markdown]
-# Prediction 1: zeros pass, since no entry is further than 0.01 from them. The bounds reject all three, at most of
+# Prediction 1: zeros pass, since no entry is further than 0.01 from them. The bounds reject all three, in most of
 # their elements, and the right results use up to half of theirs.
 #
 # ## One input is no proof: properties, and mutants
