@@ -47,7 +47,7 @@ $(SETUP_DOCS): $(SETUP)
 explore: $(SETUP)  ## the proofs with fresh randomness, for MINUTES; the report goes into docs/proof.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m lora.testing.explore --minutes $(MINUTES) --write docs
 
-mutants: $(SETUP)  ## every broken variant of the kernels and autograd functions; the report goes into docs/mutants.md
+mutants: $(SETUP)  ## every mutant of the kernels and autograd functions that docs/mutants.md lists; the report goes into docs/mutants.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m lora.testing.mutants --jobs 2 --report docs/mutants.md
 
 check: $(SETUP)  ## lint and types only

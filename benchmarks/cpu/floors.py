@@ -1,4 +1,4 @@
-"""The floor of a step: its matrix products alone, each by the faster library, and the bytes they must move.
+"""The floor of a step: its matrix products alone, each the faster of two ways, and the bytes they must move.
 
 A frozen [out, in] matrix takes part in the forward and in dx; an adapter in six thin products. The first block's q, k, v
 need no dx: nothing before them trains. The head sees the rows that have a label. Attention is torch's fused kernel, forward

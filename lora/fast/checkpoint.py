@@ -3,7 +3,8 @@
 **The last product is not run again.** A block ends in `x + down_proj(h)`. When the block is run a second time, only
 what its operations save is wanted, and after `down_proj` nothing is saved: its product, a fifth of the block's
 arithmetic, would be thrown away. Fused operations report themselves to the run they are part of; if the last of them
-was followed by no saved tensor in the first run, it leaves its product out of the second.
+was followed by no saved tensor in the first run, it leaves its product out of the second. In Gemma 2, Gemma 3 and
+OLMo 2 a norm keeps what `down_proj` gives, and with DoRA the layer itself does: there it is run again.
 
 **Attention announces itself.** `selective` watches the calls of fused attentions alone, not every operation.
 

@@ -6,8 +6,8 @@ new tensor and cannot write into a given one: products that add to something, `a
 `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off, here as everywhere.
 
 oneDNN adds the terms of a sum one after another. Where a few are far larger than the rest, all that follow are rounded
-at their size, and MKL, which adds blocks, is several times nearer to the truth. Two products of a model are like that,
-known by their shape: an MLP's hidden features, some of them hundreds of times the others, through down_proj, and the
+at their size, and MKL, which adds blocks, is nearer to the truth. Two products of a model are like that,
+known by their shape: an MLP's hidden features, a few of them hundreds of times the others, through down_proj, and the
 gradient of the logits, -1 at the label, through the head. Those are MKL's.
 """
 

@@ -242,8 +242,11 @@ def prefix_of(argument: str) -> str:
     return "d" if argument in ("projection", "head", "base") else f"d{argument}."
 
 
-def law_the_update_is_linear_in_scaling_and_in_lora_B(run: Run) -> None:
-    """Twice s and half of B is the same update, and so is twice A: every bit, of float32 numbers without DoRA."""
+def law_the_update_depends_on_s_B_A_alone(run: Run) -> None:
+    """Twice s and half of B is the same update, and so is twice A: every bit, of float32 numbers without DoRA.
+
+    Only the product s B A matters. That the update is linear in it is the bound's to say.
+    """
     assert run.case.dtype == torch.float32 and all(p.magnitude is None for p in adapters_of(run).values())
     halved = {
         n: with_parts(p, lora_B=p.lora_B / 2)._replace(scaling=2 * p.scaling) for n, p in adapters_of(run).items()

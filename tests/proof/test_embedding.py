@@ -28,7 +28,7 @@ from proof.laws import (
     law_several_adapters_are_one,
     law_silent_tokens_teach_nothing,
     law_the_basis_of_the_rank_does_not_matter,
-    law_the_update_is_linear_in_scaling_and_in_lora_B,
+    law_the_update_depends_on_s_B_A_alone,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     merged_projection,
@@ -137,10 +137,10 @@ def test_the_padding_id_only_loses_its_gradient(device, backend, case):
 @both
 @examples(15)
 @given(case=adapted)
-def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     layer = replace(case.layer, dora=False, adapter_dtype=None)
     run = Run(changed(case, dtype=torch.float32, layer=layer), backend, device)
-    law_the_update_is_linear_in_scaling_and_in_lora_B(run)
+    law_the_update_depends_on_s_B_A_alone(run)
 
 
 @both

@@ -32,7 +32,7 @@ from proof.laws import (
     law_ranks_can_be_padded,
     law_silent_tokens_teach_nothing,
     law_the_basis_of_the_rank_does_not_matter,
-    law_the_update_is_linear_in_scaling_and_in_lora_B,
+    law_the_update_depends_on_s_B_A_alone,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     merged_projection,
@@ -239,9 +239,9 @@ def test_few_features_and_many_classes(device, case):
 @both
 @examples(6)
 @given(case=plain_lora)
-def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     case = changed(case, dtype=torch.float32, layer=replace(case.layer, adapter_dtype=None))
-    law_the_update_is_linear_in_scaling_and_in_lora_B(Run(case, backend, device))
+    law_the_update_depends_on_s_B_A_alone(Run(case, backend, device))
 
 
 @both

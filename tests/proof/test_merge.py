@@ -110,7 +110,7 @@ def test_two_adapters_merge_as_their_concatenation(device, backend, case):
 @both
 @examples(20)
 @given(case=cases)
-def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     """Twice s and half of B, or twice A, is the same update: every bit, DoRA and NF4 included."""
     p = build(changed(case, dtype=torch.float32), device)["projection"]
     p = with_parts(p, lora_A=p.lora_A.float(), lora_B=p.lora_B.float())

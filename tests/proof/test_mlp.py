@@ -33,7 +33,7 @@ from proof.laws import (
     law_several_adapters_are_one,
     law_silent_tokens_teach_nothing,
     law_the_basis_of_the_rank_does_not_matter,
-    law_the_update_is_linear_in_scaling_and_in_lora_B,
+    law_the_update_depends_on_s_B_A_alone,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     law_weights_that_lie_together_change_nothing,
@@ -170,9 +170,9 @@ def test_weights_that_lie_together_change_nothing(device, backend, case):
 @both
 @examples(8)
 @given(case=plain_lora.map(plain_down))
-def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     """Of gate, up and down at once: the same three products."""
-    law_the_update_is_linear_in_scaling_and_in_lora_B(Run(case, backend, device))
+    law_the_update_depends_on_s_B_A_alone(Run(case, backend, device))
 
 
 @both

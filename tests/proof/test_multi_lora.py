@@ -153,7 +153,7 @@ def test_adapters_are_alike(device, backend, case, seed):
 @both
 @examples(15)
 @given(case=spread_out)
-def test_the_update_is_linear_in_scaling_and_in_lora_B(device, backend, case):
+def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     run = Run(changed(case, dtype=torch.float32, adapter_dtype=None), backend, device)
     a = run.arguments
     halved = (a["lora_B"].detach() / 2).requires_grad_()
