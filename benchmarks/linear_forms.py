@@ -1,10 +1,12 @@
 """Measures the ways to compute one LoRA linear layer's products, side by side: what decision 5 rests on.
 
     python benchmarks/linear_forms.py [--device cuda] [--dtype bfloat16] [--tokens 8192] [--r 16] [--rounds 40]
+                                      [--dropout 0.1]
 
 Each form is first compared with the float64 result, then all are timed in turn, round after round, so that what else
 the machine does falls on all of them alike. A cell is the median time over that of the frozen product alone; for the
-thin products (which have no frozen counterpart) over torch's form.
+thin products (which have no frozen counterpart) over torch's form. With --dropout the products that dropout goes into,
+on a GPU: D(x) written and then multiplied, beside the kernel that makes the mask where it multiplies.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lora.fast.dropout import add_dropped_, apply_dropout
+from lora.projection import Dropout
 
 SHAPES = {  # in -> out: Llama-3.1-8B's on a GPU, small models' on a CPU
     "cuda": ((4096, 4096), (4096, 6144), (4096, 14336), (4096, 28672), (14336, 4096)),
@@ -34,28 +40,77 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--dropout", type=float, default=0.0)
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype or ("bfloat16" if given.device == "cuda" else "float32"))
     for tokens in given.tokens:
         for fan_in, fan_out in SHAPES[given.device]:
             print(f"\n{tokens} tokens, {fan_in} -> {fan_out}, r {given.r}, {dtype}")
-            for title, (truth, forms) in cases(tokens, fan_in, fan_out, given.r, dtype, given.device).items():
+            operands = Operands.draw(tokens, fan_in, fan_out, given.r, dtype, given.device)
+            made = dropped_cases(operands, Dropout(given.dropout, 1)) if given.dropout else cases(operands)
+            for title, (truth, forms) in made.items():
                 errors, times = check(truth(), forms), measure(forms, given.rounds, given.device)
                 base = next(iter(times.values()))
                 cells = (f"{name} {times[name] / base:.3f} (error {errors[name]:.0e})" for name in times)
                 print(f"  {title:9} {base * 1e6:8.1f} us: {'  '.join(cells)}")
 
 
-def cases(tokens: int, fan_in: int, fan_out: int, r: int, dtype: torch.dtype, device: str) -> dict[str, Case]:
+class Operands(NamedTuple):
+    """One layer's tensors."""
+
+    x: Tensor  # [tokens, in]
+    dy: Tensor  # [tokens, out]
+    W: Tensor  # [out, in]
+    A: Tensor  # [r, in]
+    B: Tensor  # [out, r]
+
+    @classmethod
+    def draw(cls, tokens: int, fan_in: int, fan_out: int, r: int, dtype: torch.dtype, device: str) -> Operands:
+        """Random ones; rows of W and of A have about norm 1."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+        x, dy = normal(tokens, fan_in), normal(tokens, fan_out)
+        return cls(x, dy, normal(fan_out, fan_in, scale=fan_in**-0.5), normal(r, fan_in, scale=fan_in**-0.5),
+                   normal(fan_out, r))  # fmt: skip
+
+
+def dropped_cases(operands: Operands, dropout: Dropout) -> dict[str, Case]:
+    """The products that dropout goes into, on a GPU: in two passes, and in one."""
+    from lora.fast.kernels import gemm
+    from lora.fast.kernels.add_product import dropout_add_product
+
+    x, dy, W, A, B = operands
+    du = dy @ B
+    D64 = lambda t: apply_dropout(torch.ones_like(t, dtype=torch.float32), dropout).double() * t  # noqa: E731
+    x64, dy64, du64 = x.double(), dy.double(), du.double()
+    u: Forms = {
+        "two passes": lambda: apply_dropout(x, dropout) @ A.T,
+        "kernel": lambda: gemm.skinny_gemm(x, A, dropout),
+    }
+    dA: Forms = {
+        "two passes": lambda: du.T @ apply_dropout(x, dropout),
+        "kernel": lambda: gemm.lora_A_gradient(du, x, dropout, dtype=x.dtype),
+    }
+    dx: Forms = {
+        "frozen alone": lambda: dy @ W,
+        "three passes": lambda: add_dropped_(dy @ W, du @ A, dropout),
+        "two passes": lambda: dropout_add_product(dy @ W, du, A, *dropout),
+        "one kernel": lambda: gemm.lora_gemm_dx(dy, W, du, A, dropout),
+    }
+    return {
+        "u": (lambda: D64(x64) @ A.double().T, u),
+        "dA": (lambda: du64.T @ D64(x64), dA),
+        "dx": (lambda: dy64 @ W.double() + D64(du64 @ A.double()), dx),
+    }
+
+
+def cases(operands: Operands) -> dict[str, Case]:
     """The products of one layer, each in its forms; the first form of each is what the others are divided by."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int, scale: float) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(dtype)
-
-    x, dy = draw(tokens, fan_in, scale=1), draw(tokens, fan_out, scale=1)
-    W, A, B = draw(fan_out, fan_in, scale=fan_in**-0.5), draw(r, fan_in, scale=fan_in**-0.5), draw(fan_out, r, scale=1)
-    u, du = x @ A.T, dy @ B
+    x, dy, W, A, B = operands
+    u, du, device, dtype = x @ A.T, dy @ B, x.device.type, x.dtype
     wide_W, wide_x = torch.cat([W, B], dim=1), torch.cat([x, u], dim=1)  # bordered, its operand given
     room = torch.empty_like(wide_x)
     tall_W, wide_dy = torch.cat([W, A]), torch.cat([dy, du], dim=1)

@@ -1,8 +1,9 @@
 """Counted dropout, fused: the bits of `lora.reference.dropout`, with fewer passes.
 
-On a GPU the hash, the comparison and the product are one kernel. Elsewhere the 64-bit words of a block are made in
-place, read as four 16-bit lanes without a shift (they lie in memory in the order of the lanes), compared straight into
-ones and zeros of x's type, and multiplied into x once: no bool is converted, and no memory is fresh but the result's.
+On a GPU the mask is made where it multiplies, inside the products with the adapters, and D(x) is never written
+(`masks_in_products`; decision 11). Elsewhere the 64-bit words of a block are made in place, read as four 16-bit lanes
+without a shift (they lie in memory in the order of the lanes), compared straight into ones and zeros of x's type, and
+multiplied into x once: no bool is converted, and no memory is fresh but the result's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ def plain_mask(shape: Sequence[int], p: float, seed: int, stream: int, device: t
         block = keep[start : start + BLOCK]
         keep_into(block, start, p, key_of(seed, stream))
     return keep.view(torch.bool).view(tuple(shape))
+
+
+def masks_in_products(dropout: Dropout | KeepRows | None, rows: Tensor) -> TypeGuard[Dropout]:
+    """Whether products with D(x) make its mask themselves (`lora.fast.kernels`), and nobody needs D(x) in memory."""
+    return isinstance(dropout, Dropout) and threshold(dropout.p) > 0 and runs_triton(rows)
 
 
 def apply_dropout(rows: Tensor, dropout: Dropout | KeepRows | None) -> Tensor:

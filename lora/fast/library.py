@@ -250,6 +250,42 @@ def add_dropped(total: Tensor, x: Tensor, p: float, seed: int, stream: int) -> N
     kernels.dropout_add(total, x, p, seed, stream)
 
 
+def _fake_dropped_product(x: Tensor, lora_A: Tensor, scaling: float, p: float, seed: int, stream: int) -> Tensor:
+    return x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+@operator(_fake_dropped_product)
+def dropped_product(x: Tensor, lora_A: Tensor, scaling: float, p: float, seed: int, stream: int) -> Tensor:
+    """s D(x) Aᵀ, [tokens, r]; D(x) is never written."""
+    from lora.fast.kernels import gemm
+
+    return gemm.skinny_gemm(x, lora_A, Dropout(p, seed, stream), scaling)
+
+
+def _fake_dropped_sum(du: Tensor, x: Tensor, dtype: torch.dtype, p: float, seed: int, stream: int) -> Tensor:
+    return x.new_empty(du.shape[1], x.shape[1], dtype=dtype)
+
+
+@operator(_fake_dropped_sum)
+def dropped_sum(du: Tensor, x: Tensor, dtype: torch.dtype, p: float, seed: int, stream: int) -> Tensor:
+    """duᵀ D(x), [r, features], summed in float32; D(x) is never written."""
+    from lora.fast.kernels import gemm
+
+    return gemm.lora_A_gradient(du, x, Dropout(p, seed, stream), dtype)
+
+
+def _fake_add_dropped_product(total: Tensor, u: Tensor, factor: Tensor, p: float, seed: int, stream: int) -> None:
+    return None
+
+
+@operator(_fake_add_dropped_product, writes=("total",))
+def add_dropped_product(total: Tensor, u: Tensor, factor: Tensor, p: float, seed: int, stream: int) -> None:
+    """total += D(u factor), in place; the product is never written."""
+    from lora.fast.kernels import add_product as kernels
+
+    kernels.dropout_add_product(total, u, factor, p, seed, stream)
+
+
 # ---- weights
 
 

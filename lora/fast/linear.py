@@ -14,7 +14,8 @@ workspace, x goes through one product. `lora_linear` is a group of one, `lora_qk
 
 An NF4 weight is decoded into a reused workspace (`lora.fast.nf4`), once in the forward and once in the backward (DoRA,
 which needs the matrix itself, once more).
-Dropout's mask is counted again in the backward (`lora.fast.dropout`); D(x) is never kept.
+Dropout's mask is counted again in the backward (`lora.fast.dropout`); D(x) is never kept, and on a GPU never written:
+the thin products make the mask in registers (DoRA, which takes D(x) through W too, excepted).
 
 DoRA without dropout rescales the one product, h = g ⊙ (x Wᵀ + s u Bᵀ) + b; with dropout the frozen path needs the
 undropped x, and so a second product (`lora.reference.dora` has the equation).
@@ -31,9 +32,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora.fast import library
 from lora.fast.checkpoint import product_is_wanted
 from lora.fast.dora import dora_norm
-from lora.fast.dropout import KeepRows, add_dropped_, apply_dropout
+from lora.fast.dropout import KeepRows, add_dropped_, apply_dropout, masks_in_products
 from lora.fast.operands import (
     Factors,
     as_autocast,
@@ -145,10 +147,11 @@ def forward_group(
         adds: False where the caller adds the updates itself: the outputs are then x W_iᵀ + b_i.
     """
     dtype, none = rows.dtype, (None,) * len(parts)
-    adapted_input, u = rows, None
+    dropped, u = rows, None
     if factors is not None:
-        adapted_input = apply_dropout(rows, dropout)
-        u = through_A(adapted_input, parts, factors)
+        if any(part.magnitude is not None for part in parts) or not masks_in_products(dropout, rows):
+            dropped, dropout = apply_dropout(rows, dropout), None
+        u = through_A(dropped, parts, factors, dropout)
     if not wanted and all(part.magnitude is None for part in parts):
         sizes = [part.out_features for part in parts]
         h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
@@ -163,7 +166,7 @@ def forward_group(
             if B is not None and part.magnitude is None:
                 h_i.addmm_(u_i, B.T)
             elif B is not None:
-                gains[i], norms[i], z = rescale_(h_i, rows, adapted_input, part, factors, i, u_i)
+                gains[i], norms[i], z = rescale_(h_i, rows, dropped, part, factors, i, u_i)
                 adapted[i] = z if keeps_adapted[i] else None
     for part, h_i in zip(parts, outputs, strict=True):
         if part.bias is not None:
@@ -171,16 +174,24 @@ def forward_group(
     return outputs, Kept(u, tuple(gains), tuple(norms), tuple(adapted), factors)
 
 
-def through_A(dropped: Tensor, parts: Sequence[Part], factors: Factors) -> Tensor:
-    """u = s_i · D(x) A_iᵀ of each part, side by side, [tokens, Σ r]: one product where the scalings are one."""
-    u = dropped.new_empty(len(dropped), len(factors.A))
+def through_A(rows: Tensor, parts: Sequence[Part], factors: Factors, dropout: Dropout | KeepRows | None) -> Tensor:
+    """u = s_i · D(x) A_iᵀ of each part, side by side, [tokens, Σ r]: one product where the scalings are one.
+
+    Args:
+        dropout: what `masks_in_products` says yes to, or None where `rows` are D(x) already.
+    """
     scalings = {part.scaling for part in parts if part.rank}
     if len(scalings) == 1:
-        return u.addmm_(dropped, factors.A.T, beta=0, alpha=scalings.pop())
-    ranks = [part.rank for part in parts]
-    for part, u_i, A in zip(parts, u.split(ranks, dim=1), factors.A.split(ranks), strict=True):
-        u_i.addmm_(dropped, A.T, beta=0, alpha=part.scaling)
-    return u
+        return thin_product(rows, factors.A, scalings.pop(), dropout)
+    each = zip(parts, factors.A.split([part.rank for part in parts]), strict=True)
+    return torch.cat([thin_product(rows, A, part.scaling, dropout) for part, A in each], dim=1)
+
+
+def thin_product(rows: Tensor, A: Tensor, scaling: float, dropout: Dropout | KeepRows | None) -> Tensor:
+    """s · D(x) Aᵀ, [tokens, r]; arguments as in `through_A`."""
+    if masks_in_products(dropout, rows):
+        return library.dropped_product(rows, A, scaling, dropout.p, dropout.seed, dropout.stream)
+    return rows.new_empty(len(rows), len(A)).addmm_(rows, A.T, beta=0, alpha=scaling)
 
 
 def saved_by(parts: Sequence[Part], keeps_adapted: Sequence[bool], factors: Factors | None) -> int:
@@ -312,7 +323,10 @@ def adapter_gradients(
     if not wanted or du is None or rows is None:
         return
     widest = functools.reduce(torch.promote_types, wanted)
-    stacked = product_in(widest, du.T, apply_dropout(rows, dropout))  # [Σ r, in]
+    if masks_in_products(dropout, rows):
+        stacked = library.dropped_sum(du, rows, widest, dropout.p, dropout.seed, dropout.stream)  # [Σ r, in]
+    else:
+        stacked = product_in(widest, du.T, apply_dropout(rows, dropout))
     for i, (part, dA) in enumerate(zip(parts, stacked.split(ranks) if len(parts) > 1 else (stacked,), strict=True)):
         if needs[i][2] and part.lora_A is not None:
             gradients[i][2] = dA.to(part.lora_A.dtype)
@@ -334,6 +348,10 @@ def input_gradient(upstream: Upstream, parts: Sequence[Part], kept: Kept, dropou
     if dropout is None:
         rescaled = [dy if gain is None else dy * gain for dy, gain in zip(dys, kept.gains, strict=True)]
         return back_through(rescaled, parts).addmm_(du, factors.A)
+    if masks_in_products(dropout, du) and all(gain is None for gain in kept.gains):
+        dx = back_through(dys, parts)
+        library.add_dropped_product(dx, du, factors.A, dropout.p, dropout.seed, dropout.stream)
+        return dx
     through_dropout = product(du, factors.A)
     for dy, gain, part in zip(dys, kept.gains, parts, strict=True):
         if gain is not None:

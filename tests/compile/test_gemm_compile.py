@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.fast.kernels import dora, gemm, multi_lora
+from lora.fast.kernels import add_product, dora, gemm, multi_lora
 from lora.fast.kernels.compile_check import KernelSpec, Report, compile_for, distinct, spec_of
 from lora.projection import Dropout
 
-SPECS = [*gemm.compile_specs(), *multi_lora.compile_specs(), *dora.compile_specs()]
+SPECS = [spec for module in (gemm, multi_lora, dora, add_product) for spec in module.compile_specs()]
 
 CEILINGS = {  # registers a thread; 65,536 are shared by the threads of a multiprocessor
     "lora_gemm": 216,  # 128 of them sum; 256 threads, one program a multiprocessor
@@ -25,7 +25,9 @@ CEILINGS = {  # registers a thread; 65,536 are shared by the threads of a multip
     "expand": 120,
     "sums": 104,
     "dora_norm": 192,
+    "dropout_add_product": 176,  # float32, of 128 threads; 16 bits take 128
 }
+ON_AMD = {"skinny": 168}  # of a thread's 512 there: three waves of the eight that a SIMD unit holds
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a block; sm_80's family has consumer GPUs too
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 H100_BYTES, H100_FLOPS = 3.35e12, {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}  # a second
@@ -43,7 +45,8 @@ def check(spec: KernelSpec, report: Report) -> None:
 
 def specs_for(target: str) -> list[KernelSpec]:
     """The wide product's tiles depend on the target."""
-    return distinct([*gemm.compile_specs(target), *multi_lora.compile_specs(), *dora.compile_specs()])
+    others = (multi_lora, dora, add_product)
+    return distinct([*gemm.compile_specs(target), *(spec for module in others for spec in module.compile_specs())])
 
 
 OTHERS = [(target, spec) for target in SHARED if target != "sm_90" for spec in specs_for(target)]
@@ -60,7 +63,9 @@ def matrix_instruction(spec: KernelSpec, target: str) -> str:
 
 def is_wide(spec: KernelSpec) -> bool:
     """Whether the operands are of 32 bits or more: multiplied without tensor cores on NVIDIA, never as TF32."""
-    pointers = [kind for name, kind in spec.signature.items() if name in ("x_ptr", "wide_ptr", "h_ptr", "w_ptr")]
+    pointers = [
+        kind for name, kind in spec.signature.items() if name in ("x_ptr", "wide_ptr", "h_ptr", "w_ptr", "dx_ptr")
+    ]
     return bool(pointers) and pointers[0] in ("*fp32", "*fp64")
 
 
@@ -83,7 +88,8 @@ def test_on_hopper(spec: KernelSpec) -> None:
 def test_on_other_targets(spec: KernelSpec, target: str) -> None:
     report = compile_for(spec, target)
     check(spec, report)
-    assert report.registers <= CEILINGS[kernel_name(spec)]
+    ceilings = CEILINGS | ON_AMD if target == "gfx942" else CEILINGS
+    assert report.registers <= ceilings[kernel_name(spec)]
     assert report.matrix_instruction == matrix_instruction(spec, target)
     assert report.wide_loads[0] > 0
 

@@ -19,12 +19,24 @@ from torch import Tensor
 
 import lora.fast as fast
 from lora.fast import library
-from lora.fast.kernels import activation, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm, norm_kernels, rope
+from lora.fast.kernels import (
+    activation,
+    add_product,
+    cross_entropy,
+    dora,
+    dropout,
+    gemm,
+    multi_lora,
+    nf4,
+    norm,
+    norm_kernels,
+    rope,
+)
 from lora.fast.kernels.compile_check import KernelSpec, _specialised, launches_of
 from lora.fast.kernels.traffic import COUNTS
 from lora.projection import Dropout, NF4Weight, Projection
 
-MODULES = (activation, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm, rope)
+MODULES = (activation, add_product, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm, rope)
 KERNELS = {name: getattr(m, name) for name in COUNTS for m in (*MODULES, norm_kernels) if hasattr(m, name)}
 TOKENS, FEATURES, HIDDEN, KEYS, VOCABULARY = 8192, 4096, 14336, 1024, 128256
 BF16, FP32, NF4 = torch.bfloat16, torch.float32, torch.uint8

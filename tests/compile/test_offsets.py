@@ -11,10 +11,21 @@ import re
 
 import pytest
 
-from lora.fast.kernels import activation, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm, rope
+from lora.fast.kernels import (
+    activation,
+    add_product,
+    cross_entropy,
+    dora,
+    dropout,
+    gemm,
+    multi_lora,
+    nf4,
+    norm,
+    rope,
+)
 from lora.fast.kernels.compile_check import KernelSpec, _compile
 
-MODULES = (activation, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm, rope)
+MODULES = (activation, add_product, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm, rope)
 SPECS = [spec for module in MODULES for spec in module.compile_specs()]
 KERNELS = {spec.fn.fn.__name__: spec.fn for spec in SPECS}
 # Products in 32 bits that are numbers of rows or columns, not of elements; the offset made of them is 64 bits wide.
@@ -25,7 +36,8 @@ COUNTS = {
     "norm_weight_gradient_kernel": ("o_n",),  # a block of columns
     "sum_partial_kernel": ("o_n",),
     "lora_gemm_kernel": ("p_b", "p_w"),  # a step of at most 64 rows of a factor or of W, added to a 64-bit pointer
-    "gated_forward_kernel": ("p_factor",),  # likewise, 16 rows of Bᵀ
+    "dropout_add_product_kernel": ("p_factor",),  # likewise
+    "gated_forward_kernel": ("p_factor",),  # 16 rows of Bᵀ
     "gated_backward_kernel": ("p_factor",),
     "norm_forward_kernel": ("o_m",),  # a block of rows
 }

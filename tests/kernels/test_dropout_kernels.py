@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora.errors import LoRAError
+from lora.fast.kernels.add_product import dropout_add_product
 from lora.fast.kernels.dropout import (
     TILE,
     dropout_add,
@@ -129,6 +130,61 @@ def test_add_is_the_reference(
         truth = torch.where(truth.abs() > 65504, before.double(), truth)
         dx = torch.where(dx.isinf(), before.to(device), dx)
     assert_within(dx.cpu(), truth, bound, "dx")
+
+
+@given(
+    tokens=st.integers(1, 9) | st.sampled_from([65]),
+    features=st.integers(1, 70) | st.sampled_from([129, 132]),
+    r=st.integers(0, 9) | st.sampled_from([16, 33, 65]),
+    p=RATES.filter(lambda p: p < 0.95),
+    seed=SEEDS,
+    stream=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(["plain", "slice"]), LAYOUTS, LAYOUTS),
+)
+def test_the_added_product_is_the_references(
+    tokens: int,
+    features: int,
+    r: int,
+    p: float,
+    seed: int,
+    stream: int,
+    dtype: torch.dtype,
+    layouts: tuple[str, str, str],
+    device: str,
+    roundoff: Roundoff,
+) -> None:
+    """A sum of r products in float32, in any order, times 1 / (1 - p), added and rounded once; the gaps stay NaN."""
+    before, u, factor = (
+        normal(*shape, seed=seed % 1000 + i, dtype=dtype)
+        for i, shape in enumerate([(tokens, features), (tokens, r), (r, features)])
+    )
+    dx, *others = (laid_out(t, layout, device) for t, layout in zip((before, u, factor), layouts, strict=True))
+    assert dropout_add_product(dx, *others, p, seed, stream) is dx
+    share = reference.apply_dropout(torch.ones(tokens, features, dtype=torch.float64), Dropout(p, seed, stream))
+    addend, sizes = u.double() @ factor.double() * share, u.double().abs() @ factor.double().abs() * share
+    truth, unit = before.double() + addend, roundoff(dtype)
+    inner = 2**-24 * ((r + 3) * sizes + before.double().abs())  # r sums of exact products, the scale, the sum
+    bound = unit * truth.abs() + (1 + unit) * inner + torch.finfo(dtype).smallest_normal * unit
+    assert_within(dx.cpu(), truth, bound, "dx")
+    if layouts[0] == "slice":
+        assert dx._base is not None and dx._base[:, :3].isnan().all() and dx._base[:, 3 + features :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda dx, u, factor: (dx, u[:, :2], factor),
+        lambda dx, u, factor: (dx, u[:2], factor),
+        lambda dx, u, factor: (dx, u, factor[:, 1:]),
+        lambda dx, u, factor: (dx, u.half(), factor),
+        lambda dx, u, factor: (dx.double(), u.double(), factor.double()),
+    ],
+)
+def test_a_product_that_does_not_fit_says_so(change: Callable[..., tuple[Tensor, ...]], device: str) -> None:
+    operands = (normal(4, 8).to(device), normal(4, 3).to(device), normal(3, 8).to(device))
+    with pytest.raises(LoRAError, match="u and factor are"):
+        dropout_add_product(*change(*operands), 0.1, 1)
 
 
 @given(shape=st.lists(st.integers(0, 9), max_size=4), p=RATES, seed=SEEDS, stream=st.integers(0, 3))

@@ -71,6 +71,9 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
         "keep_mask": [([5, 12], 0.3, 7, 1, place)],
         "drop": [(x, 0.3, 7, 1)],
         "add_dropped": [(x, y, 0.3, 7, 1)],
+        "dropped_product": [(x, A, 2.0, 0.3, 7, 1)],
+        "dropped_sum": [(su, x, torch.float32, 0.3, 7, 1), (su, x, x.dtype, 0.3, 7, 1)],
+        "add_dropped_product": [(x, su, A, 0.3, 7, 1)],
         "dora_norm": [(normal(device, 16, 12), A, B, 2.0)],
         "nf4_decode": [(*decode, torch.float32), (*decode, torch.bfloat16)],
         "linear_cross_entropy": [

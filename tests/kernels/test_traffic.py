@@ -20,6 +20,7 @@ from torch import Tensor
 from lora.fast import kernels
 from lora.fast.kernels import (
     activation,
+    add_product,
     cross_entropy,
     dora,
     dropout,
@@ -36,7 +37,7 @@ from lora.fast.parts import LowRank
 from lora.projection import Dropout
 from lora.reference.nf4 import nf4_quantize
 
-MODULES = (activation, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm_kernels, rope)
+MODULES = (activation, add_product, cross_entropy, dora, dropout, gemm, multi_lora, nf4, norm_kernels, rope)
 KERNELS = {name: getattr(module, name) for name in traffic.COUNTS for module in MODULES if hasattr(module, name)}
 NOT_ON_A_GPU = "needs a CPU, whose interpreter counts loads and stores: not run on a CUDA device"
 LAYER, RMS = norm._Norm(True, eps=1e-5), norm._Norm(False, 0.0, True, 1e-5)
@@ -119,6 +120,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "dora, several blocks of ranks": lambda: dora.dora_norm(half(40, 300), half(70, 300), half(40, 70), 2.0),
     "dropout": lambda: dropout.dropout_forward(half(5, 70), 0.3, 1),
     "dropout_add": lambda: dropout.dropout_add(half(5, 70), half(5, 70), 0.3, 1),
+    "dropout_add_product": lambda: add_product.dropout_add_product(half(70, 150), half(70, 20), half(20, 150), 0.3, 1),
     "dropout_mask": lambda: dropout.dropout_mask((5, 700), 0.3, 1, 0, "cpu"),
     "lora_gemm": lambda: gemm.lora_gemm(
         half(70, 80), half(90, 80), half(70, 20), half(90, 20), half(90), tile=gemm.Tile(32, 32, 32, 4, 2)

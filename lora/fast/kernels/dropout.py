@@ -8,8 +8,8 @@ Moved: `dropout_forward` one number read and one written an element, `dropout_ad
 128-bit loads, and the hash of four elements (some 40 instructions) is made once for the four. A tensor without gaps is
 one long row. Rows whose length is no multiple of four begin in the middle of a word; there each element makes its own.
 
-Other kernels import `keep_mask` and `keep_lanes`, and pass `launch_key(seed, stream)` and `threshold(p)`: both are
-run-time arguments, so neither a new seed nor a new p compiles anything.
+Other kernels import `keep_tile`, `keep_mask` and `keep_lanes`, and pass `launch_key(seed, stream)` and `threshold(p)`:
+both are run-time arguments, so neither a new seed nor a new p compiles anything.
 """
 
 from __future__ import annotations
@@ -171,6 +171,15 @@ def keep_lanes(key, o_word, drop):
     even = tl.interleave(low & 0xFFFF, high & 0xFFFF)  # lanes 0, 2
     odd = tl.interleave(low >> 16, high >> 16)  # lanes 1, 3
     return tl.interleave(even, odd).to(tl.int32) >= drop
+
+
+@triton.jit
+def keep_tile(o_m, first, N, key, drop, BY_WORD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether each element of rows o_m (int64) and BLOCK_N columns from `first` on of a [., N] tensor is kept."""
+    o_row = (o_m * N)[:, None] + first
+    if BY_WORD:
+        return keep_lanes(key, (o_row >> 2) + tl.arange(0, BLOCK_N // 4)[None, :], drop)
+    return keep_mask(key, o_row + tl.arange(0, BLOCK_N)[None, :], drop)
 
 
 @triton.jit

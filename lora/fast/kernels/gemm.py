@@ -34,7 +34,7 @@ from torch import Tensor
 from lora.errors import LoRAError, UnsupportedError
 from lora.fast.kernels.common import as_rows, matrix_product, output_rows, precision_of, rank_block
 from lora.fast.kernels.compile_check import KernelSpec, spec_of
-from lora.fast.kernels.dropout import keep_lanes, keep_mask, launch_key
+from lora.fast.kernels.dropout import keep_tile, launch_key
 from lora.fast.runtime import interpreting
 from lora.fast.support import device_reasons
 from lora.projection import Dropout
@@ -342,15 +342,6 @@ def token_splits(tokens: int, N: int, r: int, dtype: torch.dtype, sums: int = 1)
 
 
 @triton.jit
-def keep_tile(o_m, first, N, key, drop, BY_WORD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether each element of rows o_m (int64) and BLOCK_N columns from `first` on of a [., N] tensor is kept."""
-    o_row = (o_m * N)[:, None] + first
-    if BY_WORD:
-        return keep_lanes(key, (o_row >> 2) + tl.arange(0, BLOCK_N // 4)[None, :], drop)
-    return keep_mask(key, o_row + tl.arange(0, BLOCK_N)[None, :], drop)
-
-
-@triton.jit
 def tile_in_group(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """This program's tile (row of tiles, column of tiles): down GROUP_M rows of tiles, then on to the next column."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -514,15 +505,11 @@ def compile_specs(target: str = "sm_90") -> list[KernelSpec]:
     specs += [_gemm_spec(bf16, target, form, tokens) for form, tokens in SMALL]
     specs += [_gemm_spec(fp32, target, "backward", tokens) for tokens in (256, 64)]
     specs += [_skinny_spec(dtype, 8192, 16, p) for dtype, p in ((bf16, 0.0), (bf16, 0.1), (fp32, 0.0))]
-    specs += [_skinny_spec(bf16, 8192, 48, 0.0), _skinny_spec(bf16, 512, 16, 0.1)]
+    specs += [_skinny_spec(bf16, *size, 0.1) for size in ((8192, 32), (8192, 48), (512, 16))]
     specs += [_sum_spec(dtype, 4096, 16, p) for dtype, p in ((bf16, 0.0), (bf16, 0.1), (fp32, 0.0))]
+    specs += [_sum_spec(bf16, 4096, r, 0.1) for r in (32, 48)]
     specs += [_sum_spec(bf16, 1024, 16, None), _sum_spec(bf16, 4096, 64, 0.0)]
-    parts = torch.empty(8, 16, 4096, device="meta")
-    specs.append(
-        spec_of("sum_parts", lambda: sum_parts(parts, torch.float32), sum_parts_kernel, shape="8 parts of 16 x 4096",
-                bytes_minimum=4 * (parts.numel() + parts[0].numel()))
-    )  # fmt: skip
-    return specs
+    return [*specs, _parts_spec(fp32), _parts_spec(bf16)]
 
 
 def _meta(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -567,6 +554,14 @@ def _sum_spec(dtype: torch.dtype, N: int, r: int, p: float | None) -> KernelSpec
         f"lora_{'B' if p is None else 'A'}_gradient {_short(dtype)}, {N}, r {r}{' dropout' if p else ''}",
         call, token_sum_kernel, sum_parts_kernel, shape=f"{tokens} tokens, {N} x r {r}, {splits} parts",
         bytes_minimum=dtype.itemsize * (wide.numel() + thin.numel()) + 4 * N * r, flops=2 * tokens * N * r,
+    )  # fmt: skip
+
+
+def _parts_spec(dtype: torch.dtype) -> KernelSpec:
+    parts = torch.empty(8, 16, 4096, device="meta")
+    return spec_of(
+        f"sum_parts {_short(dtype)}", lambda: sum_parts(parts, dtype), sum_parts_kernel, shape="8 parts of 16 x 4096",
+        bytes_minimum=4 * parts.numel() + dtype.itemsize * parts[0].numel(),
     )  # fmt: skip
 
 

@@ -141,6 +141,15 @@ def _quantize(grid: tuple[int, ...], a: Mapping[str, Any]) -> Touches:
 # ---- products
 
 
+def _add_product(grid: tuple[int, ...], a: Mapping[str, Any]) -> Touches:
+    M, N, R = (a[name] for name in "MNR")
+    return {
+        "dx_ptr": Touched(2 * M * N, 2 * M * N),
+        "u_ptr": again(a["u_ptr"], M * R * math.ceil(N / a["BLOCK_N"])),
+        "factor_ptr": again(a["factor_ptr"], N * R * math.ceil(M / a["BLOCK_M"])),
+    }
+
+
 def _lora_gemm(grid: tuple[int, ...], a: Mapping[str, Any]) -> Touches:
     """A wave is up to GROUP_M tiles high and as wide as there are multiprocessors left."""
     M, N, K, R = (a[name] for name in "MNKR")
@@ -262,6 +271,7 @@ COUNTS: dict[str, Callable[[tuple[int, ...], Mapping[str, Any]], Touches]] = {
     "dropout_forward_kernel": _once,
     "dropout_add_kernel": _added_to("dx_ptr"),
     "dropout_mask_kernel": _once,
+    "dropout_add_product_kernel": _add_product,
     "lora_gemm_kernel": _lora_gemm,
     "skinny_kernel": _skinny,
     "token_sum_kernel": _token_sum,

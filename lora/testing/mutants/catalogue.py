@@ -69,6 +69,7 @@ PROOFS = {
     "kernels.activation": Proofs(
         "mlp", (PROOF.format("mlp"), KERNELS.format("activation"), KERNELS.format("terms")), (True,)
     ),
+    "kernels.add_product": interpreted("linear", "dropout_kernels"),
     "kernels.dropout": interpreted("dropout", "dropout_kernels", "thresholds"),
     "kernels.cross_entropy": interpreted("loss", "cross_entropy_kernels"),
     "kernels.gemm": Proofs("gemm", (KERNELS.format("gemm"), KERNELS.format("sum_parts")), (True,)),

@@ -141,6 +141,13 @@ KERNELS: dict[str, list[Text]] = {
          "first = (tl.program_id(0) % row_tiles).to(tl.int64) * (TILE // 2)"),
         ("dx is overwritten", "b_dx += b_y * kept_share(", "b_dx = b_y * kept_share("),
         ("the stream is ignored", "key = key_of(seed, stream)", "key = key_of(seed, 0)"),
+        ("a mask shifted by a row", "o_row = (o_m * N)[:, None] + first", "o_row = ((o_m + 1) * N)[:, None] + first"),
+    ],
+    "add_product": [
+        ("the product overwrites dx", "b_dx += acc *", "b_dx = acc *"),
+        ("the product is not masked", "acc * tl.where(keep, scale, 0.0)", "acc * scale"),
+        ("ranks beyond the first block are dropped", "for r in tl.range(0, R, BLOCK_R, num_stages=1):", "for r in tl.range(0, 1, BLOCK_R, num_stages=1):"),
+        ("the product's first columns for all", "first = tl.program_id(0) % tiles_n * BLOCK_N", "first = tl.program_id(0) % tiles_n * 0"),
         ("one round of the hash less", "    word = (word ^ (word >> 27)) * MIX_2\n", ""),
     ],
     "cross_entropy": [
@@ -171,7 +178,6 @@ KERNELS: dict[str, list[Text]] = {
          "(o_k[None, :] < K - k), other=0.0)\n        b_w", "    for k in range(0, K - K % BLOCK_K, BLOCK_K):\n        b_x = tl.load(p_x, "
          "mask=m_m if EVEN_K else m_m & (o_k[None, :] < K - k), other=0.0)\n        b_w"),
         ("the bias is forgotten", "        acc += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]", "        pass"),
-        ("a mask shifted by a row", "o_row = (o_m * N)[:, None] + first", "o_row = ((o_m + 1) * N)[:, None] + first"),
         ("the last group of tiles is as high as the others", "height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)", "height = GROUP_M"),
         ("dropout's scale is missing in the sums", "(scale * acc).to(part_ptr", "acc.to(part_ptr"),
         ("every part sums the first tokens", "start = tl.program_id(2) * span", "start = 0 * span"),
@@ -187,6 +193,8 @@ KERNELS: dict[str, list[Text]] = {
 OFFSETS: dict[str, tuple[str, Text]] = {
     "cross_entropy_kernel": ("cross_entropy", ("a row's number in 32 bits", "row = tl.program_id(0).to(tl.int64)",
                                                "row = tl.program_id(0)")),
+    "dropout_add_product_kernel": ("add_product", ("a row's number in 32 bits", "tl.arange(0, BLOCK_M)).to(tl.int64)",
+                                                   "tl.arange(0, BLOCK_M))")),
     "dropout_forward_kernel": ("dropout", ("a row's number in 32 bits", "row = (tl.program_id(0) // row_tiles).to(tl.int64)",
                                            "row = tl.program_id(0) // row_tiles")),
     "nf4_dequantize_kernel": ("nf4", ("a row's number in 32 bits", "row = (tl.program_id(0) // row_tiles).to(tl.int64)",
