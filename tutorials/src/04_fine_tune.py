@@ -171,6 +171,7 @@ ax = axes(width=5.4)
 ax.plot(losses_before, "s--", color=COLOURS[5], label="base model")
 ax.plot(losses, "o-", color=COLOURS[0], label="LoRA, before its step on the batch")
 ax.fill_between(range(len(data)), losses, losses_before, color=COLOURS[0], alpha=0.1)
+ax.set_ylim(top=max(losses_before) + 0.6)  # room for the legend
 finish(ax, "loss of each batch of the run", "step", "nats a token", legend=True)
 gaps = [old - new for old, new in zip(losses_before, losses, strict=True)]
 assert abs(gaps[0]) < 1e-4  # B is zero: the first batch meets the base model
