@@ -135,7 +135,7 @@ def main() -> None:
 def prepare(work: Path, steps: int, dropout: float) -> None:
     """Writes the demo's data, and the config that every run reads."""
     work.mkdir(parents=True, exist_ok=True)
-    train, held_out = demo.split(demo.collect())  # before torch: what is imported changes it a little
+    train, held_out = demo.split(demo.collect())
     functions = [pair for pair in held_out if pair.signature.startswith("def ")]
     changes = {"max_steps": steps, "lora_dropout": dropout, "eval_every": max(1, steps // HELD_OUT_TIMES)}
     settings = {

@@ -1,7 +1,8 @@
 """The demo: teach a small chat model to describe Python functions the way the standard library does.
 
-    data      (signature -> first docstring sentence), collected with `inspect` from the running interpreter's own
-              standard library; whole packages are held out, so that the model is measured on modules it never saw
+    data      (signature -> first docstring sentence), collected with `inspect` from the interpreter's own standard
+              library, in a fresh process; whole packages are held out, so that the model is measured on modules it
+              never saw
     training  `lora.train.run`, which is what `lora train` calls
     checks    the adapter, loaded again in a fresh process, gives the same logits; so does PEFT with it; so does the
               model with the adapter merged into its weights
@@ -65,6 +66,7 @@ SETTINGS: dict[str, Any] = {
 NOT_IMPORTED = {  # importing them prints, opens a browser or a window, or needs a display
     *("__main__", "antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"),
     *("ensurepip", "encodings", "pydoc_data", "venv"),  # nothing to learn from
+    "distutils",  # setuptools, where it is installed, puts its own in the place of Python 3.11's
 }
 SAME_PACKAGE = dict.fromkeys(("genericpath", "nt", "ntpath", "posix", "posixpath"), "os")  # os is made of them
 LONGEST_SIGNATURE, SENTENCE_WORDS = 120, (3, 25)
@@ -95,8 +97,20 @@ def question(signature: str) -> list[dict[str, str]]:
 def collect(packages: Iterable[str] | None = None) -> list[Pair]:
     """The pairs of the standard library, or of some of its packages, in the order of their names.
 
-    No sentence comes twice, and no two names of one function.
+    No sentence comes twice, and no two names of one function. They come from a fresh process that has imported the
+    standard library alone, so that nothing the caller has imported can add to them or take from them: some libraries
+    put functions of their own into the standard library's modules.
     """
+    chosen = [] if packages is None else ["--packages", *packages]
+    command = [sys.executable, "-I", str(Path(__file__).resolve()), "--collect", *chosen]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"collecting the pairs in a fresh process failed:\n{finished.stderr.strip()}")
+    return [Pair(*fields) for fields in json.loads(finished.stdout.splitlines()[-1])]
+
+
+def collect_here(packages: Iterable[str] | None = None) -> list[Pair]:
+    """`collect` in this process, whatever it has imported."""
     names = sorted(sys.stdlib_module_names if packages is None else packages)
     pairs: list[Pair] = []
     sentences: set[str] = set()
@@ -544,7 +558,7 @@ def markdown(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo, or with --check the part of it that a fresh process does."""
+    """Runs the demo, or with --check or --collect the part of it that a fresh process does."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=MODEL, help="what to fine-tune [%(default)s]")
     parser.add_argument("--output", default="out/demo", help="where to write [%(default)s]")
@@ -553,7 +567,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--answers", type=int, default=ANSWERED, help="of them, to answer [%(default)s]")
     parser.add_argument("--packages", nargs="+", help="collect from these packages only")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--collect", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.collect:  # before anything outside the standard library is imported
+        pairs = collect_here(options.packages)
+        print(json.dumps([[pair.package, pair.signature, pair.sentence] for pair in pairs]))
+        return 0
 
     from lora.errors import LoRAError
 

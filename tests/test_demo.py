@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,25 @@ def test_collecting_is_silent_and_the_same_in_every_process() -> None:
     assert finished[0].stdout == finished[1].stdout
     assert [run.stderr for run in finished] == ["", ""]
     assert len(finished[0].stdout.split()) == 1
+
+
+def test_what_the_caller_has_imported_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; sys.path.insert(0, 'examples'); import docstrings as demo; print(demo.collect())"
+    root = Path(__file__).parent.parent
+    before, after = (
+        subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True, cwd=root, check=True)
+        for first in ("", "import torch, transformers; ")  # both put functions into the standard library's modules
+    )
+    assert before.stdout == after.stdout and "def inspect.getfile(object)" in before.stdout
+
+    def indent(text: str) -> str:
+        """Return what a library's own function returns."""
+        return text
+
+    expected = demo.collect(["textwrap"])
+    monkeypatch.setattr(textwrap, "indent", indent)
+    assert demo.collect_here(["textwrap"]) != expected  # what such a library does to the process it is in
+    assert demo.collect(["textwrap"]) == expected
 
 
 def test_a_module_of_the_same_name_elsewhere_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def peak_bytes(call: Callable[[], Any], owned: Sequence[Tensor] = ()) -> int:
 
 def mib(size: float) -> str:
     """Bytes as MiB."""
-    return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**20:,.{1 if size >= 2**20 else 2}f} MiB"
 
 
 # ---- plots

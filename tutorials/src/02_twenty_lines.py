@@ -214,7 +214,7 @@ losses_fixed = workshop.train(fixed, only_B, data * 12)
 left, right = axes(2)
 left.plot(grad_A, "o-", color=COLOURS[0], label="‖dA‖")
 left.plot(grad_B, "s-", color=COLOURS[1], label="‖dB‖")
-finish(left, "gradients", "step", legend=True)
+finish(left, "gradients", "step", "Frobenius norm, all layers", legend=True)
 right.plot(moved_A, "o-", color=COLOURS[0], label="‖A − A₀‖")
 right.plot(moved_B, "s-", color=COLOURS[1], label="‖B‖")
 finish(right, "how far the factors have moved", "step", legend=True)
@@ -232,14 +232,15 @@ assert 0.3 < by_B < 0.95  # B alone gets a good part of it, not all
 # %% [markdown]
 # $dA = s\,(dy\,B)^\top x$ is in proportion to $B$, which starts at zero, while $A$ starts large. So in these first
 # steps $A$ changes by a small part of itself, 1% here. With $A$ frozen each layer's update is *linear* in what is
-# trained: fixed random features $Ax$, weights $B$. In the last run all layers are like that: it gets 59% of the
+# trained: fixed random features $Ax$, weights $B$. In the last run all layers are like that: it gets 62% of the
 # decrease. So even a small move of $A$ counts. [Notebook 5](05_rank_alpha_init.ipynb) asks what the start means for
 # learning rates.
 #
 # ## How much of the gradient does a random $A$ let through?
 #
 # The first step is $-\eta s^2 G A^\top A$. If the rows of $A$ were orthonormal (a common length is a factor that the
-# cosine does not see), $A^\top A$ would be a projection onto $r$ of `in` dimensions, and with a random row space
+# cosine does not see; for $r$ much smaller than `in` random rows nearly are orthogonal), $A^\top A$ would be a
+# projection onto $r$ of `in` dimensions, and with a random row space
 #
 # $$\cos(\Delta W, -G) = \frac{\langle GA^\top A, G\rangle}{\lVert GA^\top A\rVert\,\lVert G\rVert} =
 # \frac{\lVert G A^\top\rVert}{\lVert G\rVert} \approx \sqrt{r / \text{in}} :$$
@@ -295,7 +296,8 @@ assert (orthogonal / random)[:5].max() < 1.03 and (orthogonal / random)[-1] > 1.
 #
 # **The answer.** One factor is zero so that step 0 is the frozen model; the other is not, so that something has a
 # gradient. With $B = 0$ the first step moves $B$ alone, and moves the weight by the gradient's part that a random $A$
-# lets through: a cosine of about $\sqrt{r/\text{in}}$ with the step of full fine-tuning.
+# lets through: while $r$ is small beside `in`, a cosine of about $\sqrt{r/\text{in}}$ with the step of full
+# fine-tuning. At $r = \text{in}$ it is $1/\sqrt2$ and not 1, because the rows of $A$ are random and not orthogonal.
 #
 # ## Exercises
 #

@@ -187,9 +187,9 @@ errors = torch.tensor([abs(q / slope - 1) for q in quotients], dtype=torch.float
 
 ax = axes()
 ax.loglog(steps, errors, ".-", label="central difference against dA by hand")
-ax.loglog(steps, errors[-1] * (steps / steps[-1]) ** 2, "--", label=r"$\varepsilon^2$")
-ax.loglog(steps, 1e-16 / steps, ":", color=COLOURS[5], label=r"$10^{-16}/\varepsilon$")
-ax.set_ylim(1e-14, 10)
+ax.loglog(steps, errors[-1] * (steps / steps[-1]) ** 2, "--", label=r"$\propto \varepsilon^2$, through the last point")
+ax.loglog(steps, 1e-16 / steps, ":", color=COLOURS[5], label=r"$10^{-16}/\varepsilon$, not fitted")
+ax.set_ylim(1e-14, 1e3)
 finish(ax, "finite differences as a judge", "ε", "relative error", legend=True)
 
 at_default = float(errors[(steps.log10() + 6).abs().argmin()])

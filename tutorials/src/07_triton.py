@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -181,7 +182,7 @@ for ax, image, title in zip(
         rows, columns = (image == pid).nonzero(as_tuple=True)
         place, colour = (columns.float().mean(), rows.float().mean()), "white" if pid < 16 else COLOURS[5]
         ax.text(*place, pid, ha="center", va="center", color=colour, fontsize=7)
-    finish(ax, f"{title}; programs 0 to 15 stand out")
+    finish(ax, f"{title}; programs 0 to 15 stand out", "column of the matrix", "row of the matrix")
 
 
 def operand_tiles(image) -> int:
@@ -190,7 +191,7 @@ def operand_tiles(image) -> int:
     return len(set((rows // BM).tolist())) + len(set((columns // BN).tolist()))
 
 
-print(f"operand tiles that 16 programs share: {operand_tiles(plain)} row after row, {operand_tiles(grouped)} in groups")
+print(f"operand tiles that 16 programs read: {operand_tiles(plain)} row after row, {operand_tiles(grouped)} in groups")
 for image in (plain, grouped):
     assert image.min() == 0 and image.max() == tiles - 1  # every element was written, by a program that exists
     assert len(image.unique()) == tiles
@@ -199,12 +200,15 @@ assert operand_tiles(plain) == 2 + 8 and operand_tiles(grouped) == 4 + 4
 # %% [markdown]
 # ## The real thing, in the interpreter
 #
-# `gated_forward` launches `gated_forward_kernel` with its masks, strides and types. The rows need not lie side by
-# side in memory, so we give it the two halves of one buffer, as the fast backend does.
+# `gated_forward` launches `gated_forward_kernel` with its masks, strides and types. A *stride* is how many numbers lie
+# between the starts of two rows in memory: for a matrix of 50 columns that lies there by itself it is 50. Rows need not
+# follow each other without a gap, so we give it the two halves of one buffer, as the fast backend does: each has 50
+# columns and a stride of 100.
 
 # %%
 both = torch.randn(13, 2 * 50)
-g, z = both.chunk(2, dim=1)  # not contiguous: stride 100
+g, z = both.chunk(2, dim=1)  # not contiguous
+assert g.stride() == z.stride() == (100, 1)
 out = activation.gated_forward(g, z, "silu")
 assert_close(out, torch.nn.functional.silu(g) * z, "SwiGLU forward")
 
@@ -251,10 +255,11 @@ assert_close(states[0], s * (u @ B.T)[:16, 16:32], "what the accumulator starts 
 
 figures = axes(len(states), width=2.0, height=2.1)
 for number, (ax, state) in enumerate(zip(figures, states, strict=True)):
-    ax.imshow(state, cmap="RdBu", vmin=-4, vmax=4)
+    shown = ax.imshow(state, cmap="RdBu", vmin=-4, vmax=4)
     ax.set_xticks([])
     ax.set_yticks([])
-    finish(ax, "s·u Bᵀ" if number == 0 else f"+ x Wᵀ, k < {16 * number}")
+    finish(ax, "s·u Bᵀ" if number == 0 else f"+ x Wᵀ, k < {16 * number}", "column", "row" if number == 0 else "")
+figures[0].figure.colorbar(shown, ax=figures, label="the accumulator", extend="both")
 
 # %% [markdown]
 # ## What it compiles to, without a GPU
@@ -316,6 +321,15 @@ ax = axes(width=5.6, height=3.4)
 intensities = torch.logspace(-1, 4, 50)
 ax.loglog(intensities, (intensities * BANDWIDTH).clamp(max=PEAK) / 1e12, color=COLOURS[5])
 points = {}
+places = {  # of the points' labels, each set once
+    "64 tokens": (-7, 3, "right"),
+    "256 tokens": (-7, 1, "right"),
+    "512 tokens": (4, -12, "left"),
+    "8192 tokens": (0, 6, "center"),
+    "r 16": (8, -9, "left"),
+    "r 48": (9, -13, "left"),
+    "r 64": (9, -4, "left"),
+}
 for colour, (kind, marker) in zip(COLOURS, kinds.items(), strict=False):
     found = [row for row in rows if row[0].startswith(kind) and ", plus" not in row[0] and not row[3]]
     found = [(name, f or 10 * q / 6, q) for name, f, q, _ in found]  # SwiGLU: about ten operations for six bytes
@@ -325,6 +339,16 @@ for colour, (kind, marker) in zip(COLOURS, kinds.items(), strict=False):
     label = kind.split(" ")[0].replace("gated_forward", "SwiGLU")
     size = 9 if kind == "skinny_gemm" else 6  # it lies under others of the same intensity
     ax.loglog(xs, (xs * BANDWIDTH).clamp(max=PEAK) / 1e12, marker, color=colour, label=label, markersize=size)
+    for name, f, q in found:  # what the intensity depends on: the tokens, or the rank
+        words = re.search(r"\d+ tokens" if kind == "lora_gemm" else r"r \d+", name)
+        if words and words[0] in places:
+            ax.annotate(words[0], (f / q, min(f / q * BANDWIDTH, PEAK) / 1e12), places[words[0]][:2],
+                        textcoords="offset points", fontsize=8, ha=places.pop(words[0])[2])  # fmt: skip
+ax.axvline(ridge, color=COLOURS[5], lw=1, ls=":")
+ax.text(ridge * 1.15, 0.4, f"ridge: {ridge:.0f}", fontsize=8)
+ax.text(0.15, 0.2, "bound by memory", fontsize=8)
+ax.text(ridge * 1.15, 0.2, "bound by arithmetic", fontsize=8)
+ax.set_ylim(0.12, 4e3)
 finish(ax, "roofline of an H100 (bounds, not measured times)", "operations a byte", "TFLOP/s at most", legend=True)
 
 large = next(v for k, v in points.items() if k.startswith("lora_gemm forward bf16, 8192"))

@@ -8,7 +8,9 @@
 import itertools
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Patch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,8 +25,8 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # %% [markdown]
 # ## Predict
 #
-# 1. 1,024 tokens, a vocabulary of 128k (131,072), float32. How many bytes are the logits? The loss is one number; what
-#    else has to stay for the backward, if not they?
+# 1. 1,024 tokens, a vocabulary of 128k (131,072), float32. How many bytes are the logits? A token's loss is one number;
+#    what else has to stay for the backward, if not they?
 # 2. *Checkpointing* a block keeps its input alone, and runs its forward again when the backward comes to it. A chain
 #    of 16 equal blocks, each saving $a$ bytes with an input of $a/4$: peak memory with checkpointing in every block,
 #    against none?
@@ -42,8 +44,9 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 # W^\top\bigl(\mathrm{softmax}(z) - e_y\bigr) .$$
 #
 # Everything about a token follows from its *own* logits. So take a few hundred tokens at a time: form their logits,
-# read off loss and $\partial L/\partial h$ at once, in the *forward*, and drop the logits. What remains is one number a
-# token and $\partial L/\partial h$, as large as $h$. The scalar that arrives in the backward only multiplies it.
+# read off loss and $\partial L/\partial h$ at once, in the *forward*, and drop the logits. What remains of a token is
+# its loss, one number, and $\partial L/\partial h$, as large as $h$. The scalar that arrives in the backward only
+# multiplies it.
 #
 # The reference forms all logits, because that is easy to read; the fast backend goes chunk by chunk. We measure both on
 # random numbers, with a vocabulary of 16,384.
@@ -87,8 +90,10 @@ with_all, without = (workshop.mib(at_most[backend][-1]) for backend in ("referen
 logits = 4 * counts[-1] * VOCAB
 print(f"2,048 tokens: {with_all} with all logits, {without} without; the logits alone, once: {workshop.mib(logits)}")
 predicted, kept = 4 * 1024 * 131072, 4 * 1024 * FEATURES  # prediction 1
-print(f"1,024 tokens, 131,072 entries: {workshop.mib(predicted)} of logits. What has to stay: the loss, and "
-      f"a gradient of {workshop.mib(kept)} with {FEATURES} features, {workshop.mib(64 * kept)} with 4,096")  # fmt: skip
+print(
+    f"1,024 tokens, 131,072 entries: {workshop.mib(predicted)} of logits. What has to stay: the tokens' losses, "
+    f"4 KiB, and gradients: {workshop.mib(kept)} with {FEATURES} features, {workshop.mib(64 * kept)} with 4,096"
+)
 assert predicted == 2**29
 assert at_most["reference"][-1] > 2 * logits and at_most["fast"][-1] < logits / 3  # several copies; a fraction
 assert at_most["reference"][-1] / at_most["reference"][-2] > 1.9  # grows with the tokens
@@ -292,7 +297,8 @@ for mode in MODES:
 lora.for_training(top)
 found = measure(top, arguments, lambda **_: workshop.loss_of(top, batch))  # the trace: one step
 for mode in MODES:
-    assert measured[mode] == found.kept_by([mode] * BLOCKS) + loss.nbytes  # to the byte; the loss has 4 of them
+    # To the byte, the loss's 4 apart, and with any version of torch: both sides count what this one saves.
+    assert measured[mode] == found.kept_by([mode] * BLOCKS) + loss.nbytes
 
 inner = found.blocks[1]  # like all but block 0, whose input does not count
 forward = sum(block.arithmetic for block in found.blocks)
@@ -302,12 +308,13 @@ kept["offload, predicted"] = (found.kept_by(["offload"] * BLOCKS) - outside) / 2
 again = {mode: (backward[mode] - backward["none"]) / forward for mode in MODES}
 
 ax = axes(height=2.3, width=5.6)
-ax.barh(list(kept), list(kept.values()), color=COLOURS)
+ax.bar_label(ax.barh(list(kept), list(kept.values()), color=COLOURS), fmt="%.2f", padding=3)
+ax.margins(x=0.12)
 ax.invert_yaxis()
 finish(ax, f"kept between forward and backward, {BLOCKS} blocks, {batch.ids.numel()} tokens", "MiB")
 for mode in MODES:
     print(f"{mode:<10} keeps {kept[mode]:6.2f} MiB, and runs {again[mode]:.1%} of the blocks' arithmetic again")
-print(f"offload on a GPU would keep {kept['offload, predicted']:.2f} MiB, by the trace")
+print(f"offload on a GPU would keep {kept['offload, predicted']:.2f} MiB, by the trace: what all blocks share")
 print(f"a block saves {inner.saved / inner.input:.0f} times its input, attention's output is "
       f"{inner.attention / inner.input:.2f} inputs")  # fmt: skip
 assert kept["none"] > 5 * kept["selective"]
@@ -316,11 +323,19 @@ assert again["none"] == 0 and again["recompute"] == 1
 assert abs(again["selective"] - (1 - inner.attention_arithmetic / inner.arithmetic)) < 1e-9
 assert inner.saved > 10 * inner.input and inner.attention < 1.1 * inner.input
 assert found.blocks[0].input == 0
+shared = inner.bound  # by piece of memory: its bytes
+assert (
+    all(block.bound == shared for block in found.blocks) and kept["offload, predicted"] == sum(shared.values()) / 2**20
+)
 
 # %% [markdown]
+# What `offload` keeps here is what every block reads and none owns: the attention mask (4 × 66 × 66 bytes), and the
+# cosines and sines by which attention knows a token's position. Every mode has them in memory, once for all blocks.
+#
 # On so few tokens attention is a small part of the arithmetic, and `selective` spares little. Products cost the same
 # for each token; attention's cost for a token is in proportion to the length. So one trace says what its share would be
-# in longer sequences (counted as here, without use of the causal mask, which may spare up to half of it):
+# in longer sequences (counted here as if each token looked at all others; the *causal mask*, by which it may look only
+# at itself and at those before it, can spare up to half of that):
 
 # %%
 length = batch.ids.shape[1]
@@ -328,10 +343,10 @@ products = (inner.arithmetic - inner.attention_arithmetic) / batch.ids.numel()  
 pairs_of = inner.attention_arithmetic / batch.ids.numel() / length  # a token, and each token that it looks at
 share = {n: pairs_of * n / (products + pairs_of * n) for n in (length, 1024, 8192)}
 print("attention's share of a block:", {f"{n} tokens": f"{value:.0%}" for n, value in share.items()})
-assert share[length] < 0.02 and share[1024] > 0.2 and share[8192] > 0.6  # prediction 3
+assert share[length] < 0.05 and share[1024] > 0.2 and share[8192] > 0.6  # prediction 3
 
 # %% [markdown]
-# Prediction 3: it depends on the length: keeping it spares 2% of the second run's arithmetic at 57 tokens, a quarter
+# Prediction 3: it depends on the length: keeping it spares 2% of the second run's arithmetic at 66 tokens, a quarter
 # at 1,024 and most at 8,192, for one more input's worth of memory a block.
 #
 # **Offload** goes one step further than `recompute`: the inputs themselves wait in the host's memory. On a GPU a
@@ -408,10 +423,15 @@ left, right = axes(2)
 left.step([b / 2**20 for b in budgets], extra, where="post")
 finish(left, "what a budget costs", "budget, MiB", "of the forward again")
 numbers = {"recompute": 0, "selective": 1, "none": 2}
-right.imshow([[numbers[mode] for mode in s.modes] for s in solutions], aspect="auto", cmap="Blues", origin="lower")
+shades = dict(zip(numbers, plt.get_cmap("Blues")([0.0, 0.5, 1.0]), strict=True))
+right.imshow([[shades[mode] for mode in s.modes] for s in solutions], aspect="auto", origin="lower")
+right.legend(
+    handles=[Patch(facecolor=shade, edgecolor=COLOURS[5], label=mode) for mode, shade in shades.items()],
+    frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2),
+)  # fmt: skip
 right.grid(False)
 right.set_yticks([0, 12, 24], [f"{budgets[i] / 2**20:.0f}" for i in (0, 12, 24)])
-finish(right, "its plan: recompute, selective, none (darkest)", "block", "budget, MiB")
+finish(right, "its plan: what each block does", "block", "budget, MiB")
 
 print(f"budgets {least / 2**20:.1f} to {most / 2**20:.1f} MiB; "
       f"{found.loss_working / 2**20:.1f} MiB of each are the reference's loss, with all its logits")  # fmt: skip
@@ -430,7 +450,8 @@ assert extra[-1] == 0 and extra[0] == 1
 # that keeps late.
 #
 # Block 0 is not quite equal to the others. Its input is the batch's and requires no gradient, so its first norm does
-# not save its statistic, 4 bytes a token: to keep everything is cheaper there than anywhere else, by so little. At
+# not save its *statistic*, the one number for each token by which it divided the token's features, 4 bytes: to keep
+# everything is cheaper there than anywhere else, by so little. At
 # some of these budgets just that decides: there no plan that runs block 0 again is as cheap. At the leanest budgets
 # no block can keep everything; at the others below the largest, block 0 only wins a tie.
 
@@ -449,8 +470,12 @@ assert all(list(s.modes[1:]) == sorted(s.modes[1:], key=numbers.get) for s in so
 gain = [choices["none"].kept - choices["recompute"].kept for choices in problem.choices]  # what running again spares
 only_first, only_last = (("none", *["recompute"] * 5), (*["recompute"] * 5, "none"))
 difference = need_of(only_last) - need_of(only_first)
-print(f"only block 0 keeps: {need_of(only_first):,} bytes; only block 5: {need_of(only_last):,}, {difference} more")
-assert not batch.hidden.requires_grad and difference == gain[1] - gain[0] == 4 * batch.ids.numel()
+print(f"only block 0 keeps: {need_of(only_first):,} bytes; only block 5: {need_of(only_last):,}, {difference} more, "
+      f"{difference / batch.ids.numel():.0f} a token")  # fmt: skip
+assert not batch.hidden.requires_grad and difference == gain[1] - gain[0]
+assert (
+    0 < difference < 0.01 * gain[1]
+)  # how little is up to the norm, which is transformers': other versions may differ
 without_0 = {modes: plan for modes, plan in plans.items() if modes[0] != "none"}
 decided = []
 for budget, solution in zip(budgets[:-1], solutions, strict=False):
@@ -486,7 +511,7 @@ assert between == plan.kept + loss.nbytes and ledger.most <= plan.peak
 # It does, to the byte (and the loss's 4), and stays below the peak that was promised.
 #
 # **The answer.** The bar is what the blocks save, here 19 times a block's input each, and the logits. The logits can
-# be left out at no cost in arithmetic. Of the blocks one can keep the inputs alone, here 2.55 MiB instead of 56.28,
+# be left out at no cost in arithmetic. Of the blocks one can keep the inputs alone, here 2.95 MiB instead of 65.22,
 # and the price is one more forward of the blocks. Between the two, attention's outputs are worth keeping where
 # sequences are long, and a plan says which blocks may keep everything.
 #

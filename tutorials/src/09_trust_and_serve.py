@@ -193,11 +193,15 @@ for name, wrong in wrongs.items():
 
 ax = axes(width=6.0, height=3.2)
 edges = torch.logspace(-4, 3, 60)
+colours = iter([*COLOURS[:2], *COLOURS[:2], *COLOURS[2:5]])  # a result has one colour, whichever backend made it
 for (kind, name), share in shares.items():
     if kind == "wrong dA" or name in ("h", "dlora_A"):
         style = {"reference": "-", "fast": "--", "wrong dA": ":"}[kind]
+        colour = next(colours)
         heights = torch.histc(share.clamp(min=1e-4).log10().float(), 59, -4, 3) / len(share)
-        ax.step(edges[:-1], heights, style, where="post", label=f"{kind}: {name}")
+        ax.step(
+            edges[:-1], heights, style, where="post", color=colour, label=f"{kind}: {name}".replace("dlora_A", "dA")
+        )
 ax.axvline(1, color="black", lw=1)
 ax.set_xscale("log")
 finish(ax, "error in units of its bound; right of 1 is rejected", "|error| / bound", "share of elements", legend=True)
