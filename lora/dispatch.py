@@ -164,10 +164,10 @@ def explain(model: nn.Module) -> str:
     rows += [(path, "SavedModule", "its own", "trained in full") for path, _ in saved_modules(model)]
     fusion = state_of(model).modes.get("fusion")
     if fusion is not None:
-        notes = fusion.notes_now(model)
-        rows += [(path, type(model.get_submodule(path)).__name__, name, note) for path, note in notes.items()]
+        modules = ((path, model.get_submodule(path), note) for path, note in fusion.notes_now(model).items())
+        rows += [(p or "(model)", type(module).__name__, *_runner(name, module, note)) for p, module, note in modules]
     elif name != "reference":
-        rows.append(("(model)", type(model).__name__, name, "not fused: for_training and for_inference fuse it"))
+        rows.append(("(model)", type(model).__name__, "its own", "not fused: for_training and for_inference fuse it"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     checkpointing = state_of(model).modes.get("checkpointing")
@@ -191,6 +191,18 @@ def _implementation(name: str, layer: Any) -> tuple[str, str]:
     if reasons:
         return ("reference" if name == "auto" else "none"), "fast cannot: " + "; ".join(reasons)
     return "fast", ("chosen" if name == "fast" else "fast can") + state
+
+
+def _runner(name: str, module: nn.Module, note: str) -> tuple[str, str]:
+    """Which implementation runs a module that `fuse` looked at, and what was done to it."""
+    if note.startswith(("left as it is", "its own")):
+        return "its own", note
+    if name == "reference":
+        return "reference", note
+    reasons = _module("fast.support").reasons((*module.parameters(), *module.buffers()))
+    if reasons:
+        return ("reference" if name == "auto" else "none"), f"{note}; fast cannot: {'; '.join(reasons)}"
+    return "fast", note
 
 
 def _run(name: str, /, *arguments: Any, **options: Any) -> Any:

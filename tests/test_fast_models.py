@@ -136,6 +136,10 @@ def test_every_family_is_fused_and_says_how(family):
         expected = "its own: the norms come before the sums, so there is nothing to fuse"
     assert notes["model.layers.1"] == expected
     assert expected in lora.explain(model)
+    with lora.use_backend("auto"):  # names the backend that runs each patched module, never "auto"
+        rows = {line.split()[0]: line for line in lora.explain(model).splitlines()[1:]}
+    for path, note in notes.items():
+        assert ("  its own  " if note.startswith("its own") else "  fast  ") in rows[path or "(model)"]
     assert unfuse(model)
     assert not any("forward" in vars(module) for module in model.modules())
 

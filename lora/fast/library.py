@@ -131,20 +131,24 @@ def rms_norm_forward(
 
 
 def _fake_rms_norm_backward(
-    dy: Tensor, s: Tensor, weight: Tensor, rho: Tensor, dsum: Tensor | None, offset: float, wants_weight: bool
-) -> tuple[Tensor, Tensor]:
-    return s.new_empty(s.shape), weight.new_empty(weight.shape if wants_weight else 0)
+    dy: Tensor, s: Tensor, weight: Tensor, rho: Tensor, dsum: Tensor | None, offset: float, wants_x: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return s.new_empty(s.shape if wants_x else 0), weight.new_empty(weight.shape if wants_weight else 0)
 
 
 @operator(_fake_rms_norm_backward)
 def rms_norm_backward(
-    dy: Tensor, s: Tensor, weight: Tensor, rho: Tensor, dsum: Tensor | None, offset: float, wants_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """dx [tokens, features] and dw [features], empty where it is not wanted."""
+    dy: Tensor, s: Tensor, weight: Tensor, rho: Tensor, dsum: Tensor | None, offset: float, wants_x: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx [tokens, features] and dw [features], empty where they are not wanted."""
     from lora.fast.kernels import norm as kernels
 
-    dx, dweight = kernels.rms_norm_backward(dy, s, weight, rho, offset=offset, dsum=dsum, need_dweight=wants_weight)
-    return dx, weight.new_empty(0) if dweight is None else dweight
+    dx, dweight = kernels.rms_norm_backward(
+        dy, s, weight, rho, offset=offset, dsum=dsum, need_dx=wants_x, need_dweight=wants_weight
+    )
+    return s.new_empty(0) if dx is None else dx, weight.new_empty(0) if dweight is None else dweight
 
 
 def _fake_layer_norm_forward(
@@ -167,25 +171,25 @@ def layer_norm_forward(
 
 def _fake_layer_norm_backward(
     dy: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rho: Tensor, dsum: Tensor | None,
-    wants_weight: bool,
+    wants_x: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return *_fake_rms_norm_backward(dy, s, weight, rho, dsum, 0.0, wants_weight), dbias
+    return *_fake_rms_norm_backward(dy, s, weight, rho, dsum, 0.0, wants_x, wants_weight), dbias
 
 
 @operator(_fake_layer_norm_backward)
 def layer_norm_backward(
     dy: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rho: Tensor, dsum: Tensor | None,
-    wants_weight: bool,
+    wants_x: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [tokens, features]; dw and db [features], empty where they are not wanted (db: without a bias)."""
+    """dx [tokens, features]; dw and db [features]; empty where they are not wanted (db: without a bias)."""
     from lora.fast.kernels import norm as kernels
 
-    dx, dweight, dbias = kernels.layer_norm_backward(
-        dy, s, weight, mean, rho, bias=bias, dsum=dsum, need_dweight=wants_weight
+    gradients = kernels.layer_norm_backward(
+        dy, s, weight, mean, rho, bias=bias, dsum=dsum, need_dx=wants_x, need_dweight=wants_weight
     )
-    nothing = weight.new_empty(0)
-    return dx, nothing if dweight is None else dweight, weight.new_empty(0) if dbias is None else dbias
+    dx, dweight, dbias = (weight.new_empty(0) if each is None else each for each in gradients)
+    return dx, dweight, dbias
 
 
 # ---- rotary position embedding

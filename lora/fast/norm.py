@@ -89,37 +89,40 @@ class RMSNorm(FusedFunction):
         s, weight, rho = ctx.saved_tensors
         wants_x, wants_weight, wants_residual = ctx.needs_input_grad[:3]
         rows, dsum = as_rows(dy), as_rows(ds) if ctx.sums and ds is not None else None
-        dweight: Tensor | None
+        wants = (wants_x or wants_residual, wants_weight)
+        gradients: tuple[Tensor | None, ...]
         if runs_triton(rows):
-            dx, dweight = library.rms_norm_backward(rows, s, weight, rho, dsum, ctx.offset, wants_weight)
+            gradients = library.rms_norm_backward(rows, s, weight, rho, dsum, ctx.offset, *wants)
         else:
-            dx, dweight = plain_rms_norm_backward(rows, s, weight, rho, ctx.offset, dsum, wants_weight)
-        dx = dx.view(ctx.shape)
-        return (
-            dx if wants_x else None,
-            dweight if wants_weight else None,
-            dx if wants_residual else None,
-            None,
-            None,
-            None,
-        )
+            gradients = plain_rms_norm_backward(rows, s, weight, rho, ctx.offset, dsum, *wants)
+        dx, dweight = (each if wanted else None for each, wanted in zip(gradients, wants, strict=True))
+        dx = None if dx is None else dx.view(ctx.shape)
+        return dx if wants_x else None, dweight, dx if wants_residual else None, None, None, None
 
 
 def plain_rms_norm_backward(
-    dy: Tensor, s: Tensor, weight: Tensor, rho: Tensor, offset: float, dsum: Tensor | None, wants_weight: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dx = ρ (e - x̂ mean(e ⊙ x̂)) + ds with e = (offset + w) ⊙ dy, and dw: in plain torch."""
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    rho: Tensor,
+    offset: float,
+    dsum: Tensor | None,
+    wants_x: bool,
+    wants_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = ρ (e - x̂ mean(e ⊙ x̂)) + ds with e = (offset + w) ⊙ dy, and dw, each where it is wanted: in plain torch."""
     wide = torch.promote_types(s.dtype, torch.float32)
-    x = s.to(wide)
-    e = dy * (weight.to(wide) + offset)  # [tokens, features]
-    slope = torch.linalg.vecdot(e, x).mul_(rho.pow(3)).div_(s.shape[1])  # [tokens]: ρ³ mean(e ⊙ x)
-    dx = e.mul_(rho[:, None]).addcmul_(x, slope[:, None], value=-1)
-    if dsum is not None:
-        dx.add_(dsum)
-    dweight = None
+    x, dx, dweight = s.to(wide), None, None
+    if wants_x:
+        e = dy * (weight.to(wide) + offset)  # [tokens, features]
+        slope = torch.linalg.vecdot(e, x).mul_(rho.pow(3)).div_(s.shape[1])  # [tokens]: ρ³ mean(e ⊙ x)
+        dx = e.mul_(rho[:, None]).addcmul_(x, slope[:, None], value=-1)
+        if dsum is not None:
+            dx.add_(dsum)
+        dx = dx.to(s.dtype)
     if wants_weight:
         dweight = torch.linalg.vecdot(dy.to(wide) * rho[:, None], x, dim=0).to(weight.dtype)
-    return dx.to(s.dtype), dweight
+    return dx, dweight
 
 
 @overload
@@ -173,21 +176,15 @@ class LayerNorm(FusedFunction):
         s, weight, bias, mean, rho = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         rows, dsum = as_rows(dy), as_rows(ds) if ctx.sums and ds is not None else None
-        bias = bias if wants_bias else None
-        dweight: Tensor | None
-        dbias: Tensor | None
+        bias, wants = bias if wants_bias else None, (wants_x or wants_residual, wants_weight, wants_bias)
+        gradients: tuple[Tensor | None, ...]
         if runs_triton(rows):
-            dx, dweight, dbias = library.layer_norm_backward(rows, s, weight, bias, mean, rho, dsum, wants_weight)
+            gradients = library.layer_norm_backward(rows, s, weight, bias, mean, rho, dsum, *wants[:2])
         else:
-            dx, dweight, dbias = plain_layer_norm_backward(rows, s, weight, bias, mean, rho, dsum, wants_weight)
-        dx = dx.view(ctx.shape)
-        return (
-            dx if wants_x else None,
-            dweight if wants_weight else None,
-            dbias if wants_bias else None,
-            dx if wants_residual else None,
-            None,
-        )
+            gradients = plain_layer_norm_backward(rows, s, weight, bias, mean, rho, dsum, *wants[:2])
+        dx, dweight, dbias = (each if wanted else None for each, wanted in zip(gradients, wants, strict=True))
+        dx = None if dx is None else dx.view(ctx.shape)
+        return dx if wants_x else None, dweight, dbias, dx if wants_residual else None, None
 
 
 def plain_layer_norm_backward(
@@ -198,18 +195,20 @@ def plain_layer_norm_backward(
     mean: Tensor,
     rho: Tensor,
     dsum: Tensor | None,
+    wants_x: bool,
     wants_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx = ρ (e - mean(e) - x̂ mean(e ⊙ x̂)) + ds with e = w ⊙ dy, dw, and db where there is a bias: PyTorch's own."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = ρ (e - mean(e) - x̂ mean(e ⊙ x̂)) + ds with e = w ⊙ dy, and dw where they are wanted, and db where there is
+    a bias: PyTorch's own."""
     wide = torch.promote_types(s.dtype, torch.float32)
-    b = None if bias is None else bias.to(wide)
+    b, wants = None if bias is None else bias.to(wide), [wants_x, wants_weight, bias is not None]
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy.to(wide), s.to(wide), s.shape[1:], mean, rho, weight.to(wide), b, [True, wants_weight, bias is not None]
+        dy.to(wide), s.to(wide), s.shape[1:], mean, rho, weight.to(wide), b, wants
     )
-    if dsum is not None:
+    if wants_x and dsum is not None:
         dx.add_(dsum)
     return (
-        dx.to(s.dtype),
+        dx.to(s.dtype) if wants_x else None,
         dweight.to(weight.dtype) if wants_weight else None,
         None if bias is None else dbias.to(bias.dtype),
     )

@@ -20,11 +20,14 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated; arguments, results and errors as in `lora.reference.rope.rope`.
 
+    Tables that take a gradient themselves, which no model's do, go the reference's way.
+
     FLOPs: 3 an element. Saved for backward: cos and sin; with position_ids their rows of every token,
     batch·seq·rot numbers each.
     """
     cos, sin = per_token(cos, position_ids, q), per_token(sin, position_ids, q)  # [batch or 1, 1, seq, rot]
-    if torch.compiler.is_compiling() and not runs_triton(q):  # torch 2.11 loses this function's gradient in a graph
+    trained = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if trained or (torch.compiler.is_compiling() and not runs_triton(q)):  # torch 2.11 loses the gradient in a graph
         return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
     return Rope.apply(q, k, cos, sin, interleaved)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -41,8 +44,13 @@ class Rope(FusedFunction):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        wants_q, wants_k = ctx.needs_input_grad[:2]
+        if not wants_q:
+            dq = dq[:, :0]  # no heads: nothing to turn
+        if not wants_k:
+            dk = dk[:, :0]
         dq, dk = rotated(dq, dk, cos, sin, ctx.interleaved, inverse=True)
-        return dq, dk, None, None, None
+        return dq if wants_q else None, dk if wants_k else None, None, None, None
 
 
 def rotated(

@@ -58,10 +58,15 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
             (x, y, z, "gelu", *no_term, *no_term, *no_term, False), (x, y, z, "silu", *term, *no_term, *term, True),
         ],
         "rms_norm_forward": [(x, weight, None, 1e-6, 0.0, True), (x, weight, y, 1e-6, 1.0, False)],
-        "rms_norm_backward": [(x, y, weight, rho, None, 0.0, True), (x, y, weight, rho, z, 1.0, False)],
+        "rms_norm_backward": [
+            (x, y, weight, rho, None, 0.0, True, True), (x, y, weight, rho, z, 1.0, True, False),
+            (x, y, weight, rho, None, 0.0, False, True),
+        ],
         "layer_norm_forward": [(x, weight, None, None, 1e-6), (x, weight, weight + 1, y, 1e-6)],
         "layer_norm_backward": [
-            (x, y, weight, None, rho, rho + 1, None, False), (x, y, weight, weight + 1, rho, rho + 1, z, True),
+            (x, y, weight, None, rho, rho + 1, None, True, False),
+            (x, y, weight, weight + 1, rho, rho + 1, z, True, True),
+            (x, y, weight, weight + 1, rho, rho + 1, None, False, False),
         ],
         "rope_rotate": [
             (heads, heads[:, :1] + 1, angles.cos(), angles.sin(), None, False, False),

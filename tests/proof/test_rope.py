@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora
 from lora.testing.block_cases import RopeInput
 from lora.testing.proof import assert_equivalent, changed
 from lora.testing.strategies import rope_inputs
@@ -209,3 +211,18 @@ def test_the_two_layouts_of_pairs_are_one_rotation(device, backend, case):
 def test_gradients_are_those_of_finite_differences(device, backend):
     case = RopeInput(dtype=torch.float64, batch=1, seq=2, heads=2, kv_heads=1, head_dim=6, rot=4)
     law_gradients_are_those_of_finite_differences(Run(case, backend, device))
+
+
+@pytest.mark.parametrize("which", ["cos", "sin"])
+def test_a_table_that_trains_has_its_gradient(device, which):
+    """The function keeps no q and k for it, so it goes the reference's way; a gradient of zero would be a lie."""
+    q, k = torch.randn(1, 2, 3, 4, device=device), torch.randn(1, 1, 3, 4, device=device)
+    found = {}
+    for backend in ("reference", "fast"):
+        tables = {name: torch.linspace(-1, 1, 12, device=device).view(3, 4).clone() for name in ("cos", "sin")}
+        tables[which].requires_grad_()
+        with lora.use_backend(backend):
+            rotated_q, rotated_k = lora.ops.rope(q, k, **tables)
+        (rotated_q.square().sum() + rotated_k.square().sum()).backward()
+        found[backend] = tables[which].grad
+    assert found["fast"] is not None and found["fast"].any() and torch.equal(found["fast"], found["reference"])

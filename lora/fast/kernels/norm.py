@@ -87,9 +87,10 @@ def rms_norm_backward(
     *,
     offset: float,
     dsum: Tensor | None = None,
+    need_dx: bool = True,
     need_dweight: bool = True,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """dx = ρ (e - x̂ mean(e ⊙ x̂)) + dsum, with e = (offset + w) ⊙ dy, and dw = Σ_rows dy ⊙ x̂.
 
     Args:
@@ -98,9 +99,9 @@ def rms_norm_backward(
         dsum: [..., features], the gradient with respect to s, added to dx.
         out: [..., features], where to write dx; rows may be strided. It may be dy, s or dsum itself.
 
-    Returns: dx in s's dtype and dw in the weight's, None where it is not needed.
+    Returns: dx in s's dtype and dw in the weight's, None where they are not needed.
     """
-    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device) if out is None else out
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device) if out is None and need_dx else out
     dweight, _ = _backward(dy, s, weight, None, None, rstd, dsum, dx, need_dweight, _Norm(False, float(offset)))
     return dx, dweight
 
@@ -142,9 +143,10 @@ def layer_norm_backward(
     *,
     bias: Tensor | None = None,
     dsum: Tensor | None = None,
+    need_dx: bool = True,
     need_dweight: bool = True,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx = ρ (e - mean(e) - x̂ mean(e ⊙ x̂)) + dsum, with e = w ⊙ dy; dw = Σ_rows dy ⊙ x̂; db = Σ_rows dy.
 
     Args:
@@ -156,7 +158,7 @@ def layer_norm_backward(
 
     Returns: dx in s's dtype, dw in the weight's, db in the bias's, None where they are not needed.
     """
-    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device) if out is None else out
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device) if out is None and need_dx else out
     dweight, dbias = _backward(dy, s, weight, bias, mean, rstd, dsum, dx, need_dweight, _Norm(True))
     return dx, dweight, dbias
 
@@ -205,11 +207,11 @@ def _backward(
     mean: Tensor | None,
     rstd: Tensor,
     dsum: Tensor | None,
-    dx: Tensor,
+    dx: Tensor | None,
     need_dweight: bool,
     norm: _Norm,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fills dx; returns dw where it is needed, and db where there is a bias."""
+    """Fills dx, if there is one; returns dw where it is needed, and db where there is a bias."""
     wanted = (weight if need_dweight else None, bias)
     if not s.numel():
         dweight, dbias = (None if like is None else torch.zeros_like(like) for like in wanted)
@@ -217,7 +219,7 @@ def _backward(
     features, inner = s.shape[-1], inner_rows(dy, s, dsum, dx)
     rows = _Rows(grouped(dy, inner), grouped(s, inner), mean, rstd, s.numel() // features, inner)
     dsum_rows = None if dsum is None else grouped(dsum, inner)
-    dx_rows = output_rows(dx, s.shape, "out", inner)
+    dx_rows = None if dx is None else output_rows(dx, s.shape, "out", inner)
     everything = norm.centred and all(x is not None for x in (dsum, *wanted))  # spills beside a row of full length
     looped = features > (MAX_FEATURES // 2 if everything else MAX_FEATURES)
     with torch.cuda.device(s.get_device()):
@@ -226,7 +228,8 @@ def _backward(
             _input_gradient(rows, weight, dsum_rows, dx_rows, partials, norm)
         else:
             partials = _column_sums(rows, wanted, norm)  # first: dx may be written over dy or s
-            _input_gradient(rows, weight, dsum_rows, dx_rows, None, norm)
+            if dx_rows is not None:
+                _input_gradient(rows, weight, dsum_rows, dx_rows, None, norm)
         dweight, dbias = (_summed(partial, like) for partial, like in zip(partials, wanted, strict=True))
     return dweight, dbias
 
@@ -246,9 +249,9 @@ Partials = tuple[Tensor | None, Tensor | None]  # of dw and db, [programs, featu
 
 
 def _input_gradient(
-    rows: _Rows, weight: Tensor, dsum: Tensor | None, dx: Tensor, partials: Partials | None, norm: _Norm
+    rows: _Rows, weight: Tensor, dsum: Tensor | None, dx: Tensor | None, partials: Partials | None, norm: _Norm
 ) -> None:
-    """Fills dx, and each program's row of the partial sums; without them there is a program for every tile.
+    """Fills dx, if there is one, and each program's row of the partial sums; without them each tile has a program.
 
     `partials` is None where rows are looped: the sums have a kernel of their own.
     """

@@ -103,16 +103,17 @@ def norm_backward_kernel(
         b_dy = tl.load(dy_ptr + row_offsets(o_m, inner, outer_dy, inner_dy) + o_n, mask=m_mn, other=0.0).to(WIDE)
         p_s = s_ptr + row_offsets(o_m, inner, outer_s, inner_s) + o_n
         b_normed, b_rstd = load_normed(p_s, mean_ptr, rstd_ptr, o_m, m_m, m_mn, CENTRED, WIDE)
-        b_e = b_dy * b_w
-        b_dx = b_e - b_normed * (tl.sum(b_e * b_normed, 1) / N)[:, None]
-        if CENTRED:
-            b_dx -= (tl.sum(b_e, 1) / N)[:, None]
-        b_dx *= b_rstd[:, None]
-        if dsum_ptr is not None:
-            p_dsum = dsum_ptr + row_offsets(o_m, inner, outer_dsum, inner_dsum) + o_n
-            b_dx += tl.load(p_dsum, mask=m_mn, other=0.0).to(WIDE)
-        p_dx = dx_ptr + row_offsets(o_m, inner, outer_dx, inner_dx) + o_n
-        tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_mn)
+        if dx_ptr is not None:
+            b_e = b_dy * b_w
+            b_dx = b_e - b_normed * (tl.sum(b_e * b_normed, 1) / N)[:, None]
+            if CENTRED:
+                b_dx -= (tl.sum(b_e, 1) / N)[:, None]
+            b_dx *= b_rstd[:, None]
+            if dsum_ptr is not None:
+                p_dsum = dsum_ptr + row_offsets(o_m, inner, outer_dsum, inner_dsum) + o_n
+                b_dx += tl.load(p_dsum, mask=m_mn, other=0.0).to(WIDE)
+            p_dx = dx_ptr + row_offsets(o_m, inner, outer_dx, inner_dx) + o_n
+            tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_mn)
         if dweight_ptr is not None:
             b_dweight += b_dy * b_normed
         if dbias_ptr is not None:

@@ -178,7 +178,7 @@ def launch_rule(heads_q: int, heads_k: int, head_dim: int, rot: int, interleaved
     """The compile-time sizes, and the warps: 16 pairs a thread of a tile of q, up to 4 warps."""
     half = triton.next_power_of_2(rot // 2)
     most = max(1, TILE // half // (1 + interleaved))  # heads; pairs taken apart in registers spill in a larger tile
-    block_q, block_k = (min(triton.next_power_of_2(heads), most) for heads in (heads_q, heads_k))
+    block_q, block_k = (min(triton.next_power_of_2(max(heads, 1)), most) for heads in (heads_q, heads_k))
     sizes = {"HEADS_Q": heads_q, "HEADS_K": heads_k, "HEAD_DIM": head_dim, "ROT": rot, "HALF": half}
     sizes |= {"BLOCK_Q": block_q, "BLOCK_K": block_k, "REST": triton.next_power_of_2(max(head_dim - rot, 1))}
     return sizes, min(4, max(1, block_q * half // 512))

@@ -134,9 +134,9 @@ WRITTEN: dict[str, list[Text]] = {
         ("ε outside the root", ".div_(s.shape[1]).add_(eps).rsqrt_()", ".div_(s.shape[1]).rsqrt_().sub_(eps)"),
         ("the sum, not the mean", "norm.square_().div_(s.shape[1]).add_(eps)", "norm.square_().add_(eps)"),
         ("the residual is lost from s", "s = rows if residual is None else rows + as_rows(residual)", "s = rows"),
-        ("the residual's gradient is lost", "    if dsum is not None:\n        dx.add_(dsum)\n    dweight = None",
-         "    dweight = None"),
-        ("LayerNorm: the residual's gradient is lost", "    if dsum is not None:\n        dx.add_(dsum)\n    return (",
+        ("the residual's gradient is lost", "        if dsum is not None:\n            dx.add_(dsum)\n        dx = dx.to",
+         "        dx = dx.to"),
+        ("LayerNorm: the residual's gradient is lost", "    if wants_x and dsum is not None:\n        dx.add_(dsum)\n    return (",
          "    return ("),
         ("dx without the projection", "dx = e.mul_(rho[:, None]).addcmul_(x, slope[:, None], value=-1)",
          "dx = e.mul_(rho[:, None])"),
@@ -152,7 +152,8 @@ WRITTEN: dict[str, list[Text]] = {
         ("LayerNorm forgets the mean", "y, mean, rho = torch.native_layer_norm(s.to(wide), s.shape[1:], weight.to(wide), b, eps)",
          "y, mean, rho = torch.native_layer_norm(s.to(wide), s.shape[1:], weight.to(wide), b, eps)\n"
          "            y = y + mean * rho * weight.to(wide)"),
-        ("LayerNorm's db is dw", "dbias if wants_bias else None,", "dweight if wants_bias else None,"),
+        ("LayerNorm's db is dw", "return dx if wants_x else None, dweight, dbias,", "return dx if wants_x else None, dweight, dweight,"),
+        ("dx is given to a residual only", "return dx if wants_x else None, dweight, dx if wants_residual", "return None, dweight, dx if wants_residual"),
     ],
     "rope": [
         ("the first sign turned over", "sin_a if inverse else -sin_a", "-sin_a if inverse else sin_a"),

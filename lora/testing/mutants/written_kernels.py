@@ -55,11 +55,11 @@ KERNELS: dict[str, list[Text]] = {
         ("the mean over the block, not the row", "tl.rsqrt(tl.sum(b_s * b_s, 1) / N + EPS)",
          "tl.rsqrt(tl.sum(b_s * b_s, 1) / BLOCK_N + EPS)"),
         ("dx without the projection", "b_dx = b_e - b_normed * (tl.sum(b_e * b_normed, 1) / N)[:, None]", "b_dx = b_e"),
-        ("LayerNorm's dx without the mean of e", "            b_dx -= (tl.sum(b_e, 1) / N)[:, None]", "            pass"),
-        ("ρ after dsum is added", "        b_dx *= b_rstd[:, None]\n        if dsum_ptr is not None:\n            p_dsum = dsum_ptr "
-         "+ row_offsets(o_m, inner, outer_dsum, inner_dsum) + o_n\n            b_dx += tl.load(p_dsum, mask=m_mn, other=0.0).to(WIDE)\n",
-         "        if dsum_ptr is not None:\n            p_dsum = dsum_ptr + row_offsets(o_m, inner, outer_dsum, inner_dsum) + o_n\n"
-         "            b_dx += tl.load(p_dsum, mask=m_mn, other=0.0).to(WIDE)\n        b_dx *= b_rstd[:, None]\n"),
+        ("LayerNorm's dx without the mean of e", "b_dx -= (tl.sum(b_e, 1) / N)[:, None]", "pass"),
+        ("ρ after dsum is added", "            b_dx *= b_rstd[:, None]\n            if dsum_ptr is not None:\n                p_dsum = dsum_ptr "
+         "+ row_offsets(o_m, inner, outer_dsum, inner_dsum) + o_n\n                b_dx += tl.load(p_dsum, mask=m_mn, other=0.0).to(WIDE)\n",
+         "            if dsum_ptr is not None:\n                p_dsum = dsum_ptr + row_offsets(o_m, inner, outer_dsum, inner_dsum) + o_n\n"
+         "                b_dx += tl.load(p_dsum, mask=m_mn, other=0.0).to(WIDE)\n            b_dx *= b_rstd[:, None]\n"),
         ("the row one on for ρ", "tl.load(rstd_ptr + o_m, mask=m_m, other=0.0)", "tl.load(rstd_ptr + o_m // 2, mask=m_m, other=0.0)"),
         ("the residual is not rounded", "return (b_x + b_residual.to(b_x.dtype)).to(x_ptr.dtype.element_ty).to(b_x.dtype)",
          "return b_x + b_residual.to(b_x.dtype)"),
