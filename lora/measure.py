@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lora import dispatch
 from lora.adapters import state_of
 from lora.errors import LoRAError
+from lora.fast.checkpoint import Operations, reporting
 from lora.fast.workspace import workspaces_on
 from lora.layers import adapter_layers
 from lora.reference import modes as reference_modes
@@ -50,7 +51,7 @@ class Block:
     bound: Sizes = field(default_factory=dict)  # the keyword arguments, which every checkpoint holds
     saves: Sizes = field(default_factory=dict)
     present: Sizes = field(default_factory=dict)  # all there was when it began
-    attention: int = 0
+    selective: int = 0  # what "selective" keeps beside the inputs: attention's outputs, and a last product that is read
     arithmetic: int = 0
     attention_arithmetic: int = 0
     working: int = 0  # at most while it runs forward and then backward
@@ -83,7 +84,7 @@ class Measured:
         for block, mode in zip(self.blocks, modes, strict=True):
             kept |= block.saves if mode == "none" else block.bound
             kept |= block.inputs if mode in ("recompute", "selective") else {}
-            copies += block.attention if mode == "selective" else 0
+            copies += block.selective if mode == "selective" else 0
         return sum(kept.values()) + copies
 
 
@@ -261,10 +262,19 @@ class Step:
         ledger = self.ledger
         ledger.most = start = ledger.held
         ledger.attention = ledger.arithmetic = ledger.attention_arithmetic = 0
-        with saved_tensors_hooks(self.noting(block.saves), lambda x: x):
+        saved: list[Tensor] = []
+        operations, note = Operations(saved, keeps=True), self.noting(block.saves)
+
+        def pack(x: Tensor) -> Tensor:
+            saved.append(note(x))
+            return saved[-1]
+
+        with saved_tensors_hooks(pack, lambda x: x), reporting(operations):
             result = function()
+        saved.clear()
         forward = ledger.most - start
-        block.attention += ledger.attention
+        block.selective += ledger.attention + operations.bytes_kept()
+        operations.last = None  # a plan may not keep it
         block.arithmetic += ledger.arithmetic
         block.attention_arithmetic += ledger.attention_arithmetic
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.requires_grad]

@@ -252,7 +252,7 @@ class Problem:
         """A state behind the last block as a solution: with the loss, and blocks that run more than once."""
         working = self.measured.loss_working
         if self.measured.interleaved:  # a block runs twice: then take all blocks to hold theirs all the time
-            working = max(working, *(b.others + b.input + b.attention + b.working_again for b in self.measured.blocks))
+            working = max(working, *(b.others + b.input + b.selective + b.working_again for b in self.measured.blocks))
         need = max(state.need, self.measured.before_blocks, self.constant + state.kept + working)
         modes: list[str] = []
         link: State | None = state
@@ -336,14 +336,14 @@ def largest_moment(
 def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
     """What each mode means for this block; "selective" only where it has something to keep."""
     arithmetic, thrifty = block.arithmetic, block.arithmetic - block.attention_arithmetic
-    again, both = block.input + block.working_again, block.input + block.attention
+    again, both = block.input + block.working_again, block.input + block.selective
     every = {
         "none": Choice(block.saved, block.input + block.working, 0, 0),
-        "selective": Choice(both, block.attention + again, thrifty, 0),
+        "selective": Choice(both, block.selective + again, thrifty, 0),
         "recompute": Choice(block.input, again, arithmetic, 0),
         "offload": Choice(0, again, arithmetic, 2 * block.input),
     }
-    return {mode: every[mode] for mode in modes if mode != "selective" or block.attention}
+    return {mode: every[mode] for mode in modes if mode != "selective" or block.selective}
 
 
 # ---- words and numbers

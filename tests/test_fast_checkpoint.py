@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 import lora.fast
 from lora import LoRAConfig
+from lora.fast.checkpoint import Operations, reporting
 from lora.projection import Projection
 from lora.reference.checkpoint import ATTENTION, Inputs, Traffic
 from lora.reference.checkpoint import checkpoint as reference_checkpoint
@@ -72,8 +73,66 @@ def test_down_proj_is_never_run_again(monkeypatch, mode, fused):
     assert len(outputs) == (2 if fused else 4), per_block  # in the two blocks, and none of a down_proj
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("mode", ["recompute", "selective"])
+def test_where_a_norm_reads_down_proj_selective_keeps_it(monkeypatch, family, mode):
+    """Gemma and OLMo 2 normalise what down_proj gives, and save it for the backward."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=1, head_dim=8, vocab_size=64, pad_token_id=0)
+    torch.manual_seed(0)
+    model = lora.inject(
+        AutoModelForCausalLM.from_config(config), LoRAConfig(r=4, lora_dropout=0.3, init_lora_weights=False)
+    )
+    seen = count_products(monkeypatch)
+    loss, gradients, _ = losses(model, "none", seen)
+    again, found, products = losses(model, mode, seen)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+    assert products.count((32,)) == (4 if mode == "recompute" else 2)  # o_proj of two blocks, and down_proj or not
+
+
+def block_of(*operations: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Operations, Callable[..., torch.Tensor]]:
+    """What is reported by operations one after another, the outermost first run of a selective checkpoint."""
+    kept = []
+
+    def block(x):
+        for operation in operations:
+            x = operation(x)
+        return x
+
+    operations_seen = Operations(kept, keeps=True)
+
+    def run(x):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
+        with hooks, reporting(operations_seen):
+            return block(x)
+
+    return operations_seen, run
+
+
+def test_of_the_last_product_only_what_is_read_is_kept():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.nn.Parameter(torch.ones(8))
+    A, B = torch.randn(2, 8, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    plain = Projection(torch.randn(8, 8), None, A, B)
+    linear = lambda x: lora.ops.lora_linear(x, plain)  # noqa: E731
+    dora = lambda x: lora.ops.lora_linear(x, plain._replace(magnitude=torch.ones(8)))  # noqa: E731
+    norm = lambda x: lora.ops.rms_norm(x, weight)  # noqa: E731
+    expected = {
+        (linear,): 0, (norm, linear): 0, (linear, dora, norm): 0,
+        (linear, norm): 5 * 8 * 4, (linear, linear, norm): 5 * 8 * 4,
+    }  # fmt: skip
+    for operations, size in expected.items():
+        seen, run = block_of(*operations)
+        output = run(x)
+        assert seen.bytes_kept() == size
+        if operations == (linear, norm):
+            with reporting(seen, again=True):
+                assert torch.equal(linear(x), seen.last[0]) and torch.equal(norm(linear(x)), output)
+
+
 def test_a_block_that_reads_its_last_product_runs_it_again():
-    """Gemma normalises what down_proj gives, and keeps it for the backward."""
     x = torch.randn(5, 8, requires_grad=True)
     weight = torch.nn.Parameter(torch.ones(8))
     p = Projection(

@@ -224,7 +224,7 @@ def random_measured(rng: random.Random, blocks: int, device: str = "cuda") -> Me
         made.append(
             Block(
                 str(number),
-                attention=rng.choice([0, size, 2 * size]),
+                selective=rng.choice([0, size, 2 * size]),
                 arithmetic=rng.randint(10, 40),
                 attention_arithmetic=rng.randint(1, 9),
                 working=working,
@@ -242,7 +242,7 @@ def need_and_cost(problem: Problem, modes: tuple[str, ...]) -> tuple[int, tuple[
     """The formulas at the top of lora/planner.py, written down again."""
     measured, before, needs = problem.measured, 0, []
     for block, mode, choices in zip(measured.blocks, modes, problem.choices, strict=True):
-        own = block.input + (block.attention if mode == "selective" else 0)
+        own = block.input + (block.selective if mode == "selective" else 0)
         working = block.working if mode == "none" else block.working_again
         needs.append(problem.constant + block.others + before + own + working)
         before += {"none": block.saved, "offload": 0}.get(mode, own)
@@ -280,7 +280,7 @@ def test_a_block_that_runs_twice_is_taken_to_hold_its_own_all_the_time():
     measured.blocks[0].calls = 2
     problem = Problem(measured, ["none", "recompute"])
     kept = sum(block.saved for block in measured.blocks)
-    working = max(b.others + b.input + b.attention + b.working_again for b in measured.blocks)
+    working = max(b.others + b.input + b.selective + b.working_again for b in measured.blocks)
     found = problem.solve(10**6)
     assert found is not None and set(found.modes) == {"none"}
     assert found.need == problem.constant + kept + max(working, measured.loss_working)

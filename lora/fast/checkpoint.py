@@ -2,9 +2,10 @@
 
 **The last product is not run again.** A block ends in `x + down_proj(h)`. When the block is run a second time, only
 what its operations save is wanted, and after `down_proj` nothing is saved: its product, a fifth of the block's
-arithmetic, would be thrown away. Fused operations report themselves to the run they are part of; if the last of them
-was followed by no saved tensor in the first run, it leaves its product out of the second. In Gemma 2, Gemma 3 and
-OLMo 2 a norm keeps what `down_proj` gives, and with DoRA the layer itself does: there it is run again.
+arithmetic, would be thrown away. Fused operations report themselves to the run they are part of (`Operations`); if the
+last of them was followed by no saved tensor in the first run, it leaves its product out of the second. In Gemma 2,
+Gemma 3 and OLMo 2 a norm saves what `down_proj` gives: there `selective` keeps it, as it keeps attention's, and the
+other modes run it again. With DoRA, whose gain needs the product too, every mode does.
 
 **Attention announces itself.** `selective` watches the calls of fused attentions alone, not every operation.
 
@@ -19,7 +20,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -34,8 +35,9 @@ def checkpoint(
 ) -> Any:
     """function(*args, **kwargs), keeping only its arguments until the backward; as `lora.reference.checkpoint`.
 
-    FLOPs: one more forward, less the last product (less attention too with `selective`). Saved for backward: the
-    tensor arguments, in pinned host memory with `offload`.
+    FLOPs: one more forward, less the last product (but for what the top of this file says), and less attention with
+    `selective`. Saved for backward: the tensor arguments, in pinned host memory with `offload`; with `selective`
+    attention's outputs too, and the last product where something after it is saved.
     """
     return run_checkpointed(FastRun, function, args, kwargs, offload, selective)
 
@@ -52,8 +54,7 @@ class FastRun(Run):
         selective: bool,
     ) -> None:
         super().__init__(function, args, kwargs, offload, selective)
-        self.operations: list[tuple[int, int]] = []  # first run: tensors saved before each, and by it
-        self.position: int | None = None  # second run: how many have begun
+        self.operations = Operations(self.saved, keeps=selective)
         self.announced = self.attention is not None and announces_attention(function, args)
         self.replay: ReplayAttention | None = None  # second run, where attention is announced
 
@@ -74,35 +75,85 @@ class FastRun(Run):
         """What an announced attention runs in."""
         if not self.announced or self.attention is None:
             return nullcontext()
-        return KeepAttention(self.attention) if self.position is None else self.replay or nullcontext()
+        return KeepAttention(self.attention) if self.operations.position is None else self.replay or nullcontext()
 
     def surroundings(self) -> list[Any]:
-        return [*super().surroundings(), _current(self, second=True)]
+        return [*super().surroundings(), reporting(self.operations, self, again=True)]
 
     def first_surroundings(self) -> list[Any]:
-        return [*super().first_surroundings(), _current(self, second=False)]
+        return [*super().first_surroundings(), reporting(self.operations, self)]
 
-    def begins(self, saves: int) -> bool:
-        """A fused operation begins, which will save `saves` tensors; returns whether its product is wanted."""
+
+Product = Sequence[Tensor]  # the outputs of a group, [tokens, out_i] each
+
+
+class Operations:
+    """What the fused operations of a block report: in a first run which is last and what it made, later their place.
+
+    Args:
+        saved: what the first run saves; it grows as that runs.
+        keeps: whether to keep the last product, if it turns out that the block saves something after it.
+    """
+
+    def __init__(self, saved: Sized, keeps: bool) -> None:
+        self.saved, self.keeps = saved, keeps
+        self.begun: list[tuple[int, int]] = []  # first run: tensors saved before each, and by it
+        self.last: Product | None = None  # first run: what the last one made
+        self.position: int | None = None  # second run: how many have begun
+
+    def begins(self, saves: int) -> bool | Product:
+        """Whether the product of an operation that will save `saves` tensors is wanted; or that product."""
         if self.position is None:
-            self.operations.append((len(self.saved), saves))
+            self.begun.append((len(self.saved), saves))
+            self.last = None
             return True
         self.position += 1
-        before, saves = self.operations[-1]
-        return self.position < len(self.operations) or before + saves < len(self.saved)
+        if self.position < len(self.begun):
+            return True
+        if not self.is_read():
+            return False
+        return True if self.last is None else [y.clone() for y in self.last]
+
+    def made(self, product: Product) -> None:
+        """What an operation made, in a first run; autograd forbids to change it in place."""
+        if self.keeps and self.position is None:
+            self.last = [y.detach() for y in product]
+
+    def is_read(self) -> bool:
+        """Whether the first run saved anything after its last operation."""
+        before, saves = self.begun[-1]
+        return before + saves < len(self.saved)
+
+    def end(self) -> None:
+        """The first run has ended: a product that nothing reads is let go."""
+        if self.last is not None and not self.is_read():
+            self.last = None
+
+    def bytes_kept(self) -> int:
+        """What the last product takes, once the first run has ended."""
+        return 0 if self.last is None else sum(y.nbytes for y in self.last)
 
 
 _running = threading.local()  # autograd runs a second time on threads of its own
 
 
-def product_is_wanted(saves: int) -> bool:
+def product_is_wanted(saves: int) -> bool | Product:
     """Asked by a fused operation before its last product: False where only what it saves will be used.
 
     Args:
         saves: how many tensors the operation is about to save.
+
+    Returns: or that product, where it was kept.
     """
-    run: FastRun | None = getattr(_running, "run", None)
-    return run is None or run.begins(saves)
+    operations: Operations | None = getattr(_running, "operations", None)
+    return True if operations is None else operations.begins(saves)
+
+
+def product_was_made(product: Product) -> None:
+    """Told by a fused operation after its last product, of which it saves nothing itself."""
+    operations: Operations | None = getattr(_running, "operations", None)
+    if operations is not None:
+        operations.made(product)
 
 
 def attention_begins() -> AbstractContextManager[Any]:
@@ -124,14 +175,16 @@ def announces_attention(function: Callable[..., Any], args: tuple[Any, ...]) -> 
 
 
 @contextmanager
-def _current(run: FastRun, *, second: bool) -> Any:
-    """Makes `run` the one that operations report to."""
-    before = getattr(_running, "run", None)
-    _running.run, run.position = run, 0 if second else None
+def reporting(operations: Operations, run: FastRun | None = None, *, again: bool = False) -> Iterator[None]:
+    """Fused operations report to `operations`, and attentions to the run, if there is one, while this is open."""
+    before = getattr(_running, "operations", None), getattr(_running, "run", None)
+    _running.operations, _running.run, operations.position = operations, run, 0 if again else None
     try:
         yield
     finally:
-        _running.run = before
+        _running.operations, _running.run = before
+    if not again:
+        operations.end()
 
 
 # ---- offloading

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lora.fast import library
-from lora.fast.checkpoint import product_is_wanted
+from lora.fast.checkpoint import Product, product_is_wanted, product_was_made
 from lora.fast.dora import dora_norm
 from lora.fast.dropout import KeepRows, add_dropped_, apply_dropout, masks_in_products
 from lora.fast.operands import (
@@ -111,6 +111,8 @@ class LoRAGroup(FusedFunction):
         factors = factors_of(parts, rows.dtype)
         wanted = product_is_wanted(saved_by(parts, wants_m, factors) + trains)
         outputs, kept = forward_group(rows, parts, dropout, wants_m, wanted, factors=factors)
+        if not any(part.magnitude is not None for part in parts):
+            product_was_made(outputs)
         ctx.save_for_backward(rows if trains else None, *tensors, *kept.flat())
         ctx.static, ctx.dropout, ctx.shape = static, dropout, x.shape
         return tuple(h.view(*x.shape[:-1], h.shape[1]) for h in outputs)
@@ -132,7 +134,7 @@ def forward_group(
     parts: Sequence[Part],
     dropout: Dropout | KeepRows | None,
     keeps_adapted: Sequence[bool],
-    wanted: bool = True,
+    wanted: bool | Product = True,
     out: Tensor | None = None,
     *,
     factors: Factors | None,
@@ -141,7 +143,8 @@ def forward_group(
     """h_i = x W_iᵀ + b_i + s_i · (D(x) A_iᵀ) B_iᵀ of each part, as `operands.multiplied` lays them out.
 
     Args:
-        wanted: False where only what is kept matters; the outputs are then left as they are in memory.
+        wanted: False where only what is kept matters; the outputs are then left as they are in memory. Or the outputs,
+            made before.
         out: a buffer, [tokens, Σ out], that may be used for them.
         factors: `factors_of(parts, x's type)`.
         adds: False where the caller adds the updates itself: the outputs are then x W_iᵀ + b_i.
@@ -152,10 +155,11 @@ def forward_group(
         if any(part.magnitude is not None for part in parts) or not masks_in_products(dropout, rows):
             dropped, dropout = apply_dropout(rows, dropout), None
         u = through_A(dropped, parts, factors, dropout)
-    if not wanted and all(part.magnitude is None for part in parts):
-        sizes = [part.out_features for part in parts]
-        h = rows.new_empty(len(rows), sum(sizes)) if out is None else out
-        return columns_of(h, sizes), Kept(u, none, none, none, factors)
+    if wanted is not True and all(part.magnitude is None for part in parts):
+        if wanted is False:
+            sizes = [part.out_features for part in parts]
+            wanted = columns_of(rows.new_empty(len(rows), sum(sizes)) if out is None else out, sizes)
+        return wanted, Kept(u, none, none, none, factors)
     outputs = multiplied(rows, parts, out)
     gains: list[Tensor | None] = list(none)
     norms: list[Tensor | None] = list(none)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.fast import library
-from lora.fast.checkpoint import product_is_wanted
+from lora.fast.checkpoint import product_is_wanted, product_was_made
 from lora.fast.linear import (
     Kept,
     Upstream,
@@ -70,6 +70,8 @@ class LoRAMLP(FusedFunction):
         saves = 3 + saved_by(parts[:2], wants_m[:2], factors) + saved_by(parts[2:], wants_m[2:], of_down)
         wanted = product_is_wanted(saves)
         (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted, factors=of_down)
+        if parts[2].magnitude is None:
+            product_was_made((y,))
         ctx.save_for_backward(rows, g, z, *tensors, *above.flat(), *below.flat())
         ctx.static, ctx.activation, ctx.dropout, ctx.shape, ctx.adds = static, activation, dropout, x.shape, adds
         return y.view(*x.shape[:-1], y.shape[1])

@@ -260,13 +260,12 @@ WRITTEN: dict[str, list[Text]] = {
         ("the bias is forgotten", "h.add_(part.bias.to(h.dtype))", "pass"),
     ],
     "checkpoint": [
-        ("a product that is wanted is left out",
-         "return self.position < len(self.operations) or before + saves < len(self.saved)",
-         "return self.position < len(self.operations) - 1"),
-        ("the operation before last is taken for the last",
-         "self.position < len(self.operations) or", "self.position < 2 and"),
-        ("a run inside another is not put back", "    finally:\n        _running.run = before", "    finally:\n        pass"),
-        ("the second run starts counting too late", "run.position = run, 0 if second else None", "run.position = run, 9 if second else None"),
+        ("a product that is wanted is left out", "if not self.is_read():\n            return False", "if True:\n            return False"),
+        ("the operation before last is taken for the last", "if self.position < len(self.begun):", "if self.position < len(self.begun) - 1:"),
+        ("a run inside another is not put back", "        _running.operations, _running.run = before\n", "        pass\n"),
+        ("the second run starts counting too late", "run, 0 if again else None", "run, 9 if again else None"),
+        ("an operation's product is kept for the one after it", "            self.last = None\n            return True", "            return True"),
+        ("the first run's last product is kept although nothing reads it", "if self.last is not None and not self.is_read():", "if False:"),
     ],
 }  # fmt: skip
 

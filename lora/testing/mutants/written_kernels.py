@@ -141,6 +141,7 @@ KERNELS: dict[str, list[Text]] = {
          "first = (tl.program_id(0) % row_tiles).to(tl.int64) * (TILE // 2)"),
         ("dx is overwritten", "b_dx += b_y * kept_share(", "b_dx = b_y * kept_share("),
         ("the stream is ignored", "key = key_of(seed, stream)", "key = key_of(seed, 0)"),
+        ("one round of the hash less", "    word = (word ^ (word >> 27)) * MIX_2\n", ""),
         ("a mask shifted by a row", "o_row = (o_m * N)[:, None] + first", "o_row = ((o_m + 1) * N)[:, None] + first"),
     ],
     "add_product": [
@@ -148,7 +149,6 @@ KERNELS: dict[str, list[Text]] = {
         ("the product is not masked", "acc * tl.where(keep, scale, 0.0)", "acc * scale"),
         ("ranks beyond the first block are dropped", "for r in tl.range(0, R, BLOCK_R, num_stages=1):", "for r in tl.range(0, 1, BLOCK_R, num_stages=1):"),
         ("the product's first columns for all", "first = tl.program_id(0) % tiles_n * BLOCK_N", "first = tl.program_id(0) % tiles_n * 0"),
-        ("one round of the hash less", "    word = (word ^ (word >> 27)) * MIX_2\n", ""),
     ],
     "cross_entropy": [
         ("softcap's slope is forgotten", "b_gradient *= (1 - b_bent) * (1 + b_bent)", "pass"),
