@@ -34,7 +34,11 @@ from proof.laws import (
     merged_projection,
 )
 
-tidy = embedding_inputs().map(lambda case: changed(case, table_layout="contiguous", dy_layout="contiguous"))
+tidy = embedding_inputs().map(
+    lambda case: changed(
+        case, table_layout="contiguous", dy_layout="contiguous", dy_size=1.0, layer=replace(case.layer, size=1.0)
+    )
+)
 adapted = tidy.map(lambda case: changed(case, layer=replace(case.layer, rank=max(case.layer.rank, 1))))
 plain_lora = adapted.map(lambda case: changed(case, layer=replace(case.layer, dora=False)))
 rows_of_ids = tidy.map(lambda case: changed(case, shape=(7,)))

@@ -31,7 +31,9 @@ from proof.laws import (
     signed_permutation,
 )
 
-tidy = multi_lora_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
+tidy = multi_lora_inputs().map(
+    lambda case: changed(case, layout="contiguous", dy_layout="contiguous", x_size=1.0, dy_size=1.0)
+)
 
 
 def spread(case: MultiLoRAInput) -> MultiLoRAInput:
