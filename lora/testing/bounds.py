@@ -236,7 +236,9 @@ def activated(g: Bounded, activation: str, slope: bool = False) -> Bounded:
         result = bent(g, slope_of(function), SLOPES_TURN[activation], MOST_CURVED)
     else:
         result = bent(g, function, TURNS[activation], STEEPEST)
-    lost = 4 * torch.finfo(g.wide).eps * g.value.abs().clamp(min=1)
+    limits = torch.finfo(g.wide)
+    end = -math.log(limits.smallest_normal * limits.eps)  # beyond it exp is zero, and nothing is left to cancel
+    lost = 4 * limits.eps * g.value.abs().clamp(min=1, max=end)
     return Bounded(result.value, result.worst + lost, result.variance + lost.square() / 3, g.dtype)
 
 
@@ -473,6 +475,7 @@ def cross_entropy(
     by_logit = logit_scale * (1 if bend is None else bend.value)
     moved = layer.in_step(probability * by_logit).bound()  # [tokens, 1]
     of_row = probability * by_logit * counted * weight * scale.value * moved
+    of_row = torch.where(rough, 0.0, of_row)  # where the certain bound of p has it already
     gradients = layer.backward(wider(dlogits, of_row.abs()), apart=True)
     # and what is nearest to zero is rounded to it, in one direction
     lost = torch.where(dlogits.value.abs() <= floor_of(hidden.dtype), dlogits.value, 0.0)
