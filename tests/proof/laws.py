@@ -299,7 +299,9 @@ def law_the_update_is_linear(run: Run, *arguments: str) -> None:
             base = without[name].double()
             moved, further = once.double() - base, doubled[name].double() - base
             room = run.bounds[name] + rooms[0][name]
-            assert_within(further, 2 * moved, rooms[1][name] + 2 * run.bounds[name] + rooms[0][name], f"{name} of 2 {part}")
+            assert_within(
+                further, 2 * moved, rooms[1][name] + 2 * run.bounds[name] + rooms[0][name], f"{name} of 2 {part}"
+            )
             assert name not in zero or not without[name].any(), f"{name} without {part}"
             if name in run.case.outputs or name == "dx":
                 assert bool((moved.abs().cpu() > room).any()), f"{name} has no update"

@@ -1,8 +1,8 @@
 """Whole models of every family that fast fuses, proven: reference, fast, and the untouched model with PEFT's adapters.
 
 Small models of random shapes, all of them in float64, norms, softmax and loss too (`Wide`), so that nothing but its
-roundings tells the three apart: logits, loss, every adapter's gradient, and twenty optimizer steps. And in float32, which
-Triton's kernels run: as near to the float64 model as the reference is.
+roundings tells the three apart: logits, loss, every adapter's gradient, and twenty optimizer steps. And in float32,
+which Triton's kernels run: as near to the float64 model as the reference is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Wide(TorchFunctionMode):
 
 
 def random_model(family: str, rng: random.Random, device: str, layers: int | None = None) -> Any:
-    """A model of one to three layers, or as many as are asked for, no size a multiple of any block, weights two-sided, norms off one."""
+    """A model of one to three layers, or of `layers`, no size a multiple of any block, weights two-sided, norms off one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kv_heads, groups, dim = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([4, 6, 8])
@@ -202,8 +202,10 @@ def test_reference_fast_and_peft_train_one_model(device, family, seed):
 # ---- in float32, which Triton's kernels run
 
 DRAWS = 16
-LAUNCHED = {"norm_forward_kernel", "norm_backward_kernel", "rope_kernel", "gated_forward_kernel", "gated_backward_kernel",
-            "cross_entropy_kernel"}  # fmt: skip
+LAUNCHED = {
+    "norm_forward_kernel", "norm_backward_kernel", "rope_kernel", "gated_forward_kernel", "gated_backward_kernel",
+    "cross_entropy_kernel",
+}  # fmt: skip
 
 
 def everything(twin: Twin, backend: str, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -228,7 +230,7 @@ def adapted(base: Any, options: dict[str, Any], seed: int) -> Twin:
 
 
 def moved_by_a_rounding(twin: Twin, wide: Twin, generator: torch.Generator) -> None:
-    """Every number of the float32 model one unit of its last place up or down or left; and the float64 model its equal."""
+    """Each number of the float32 model a rounding up or down, or left; and the float64 model its equal."""
     with torch.no_grad():
         for p, same in zip(twin.model.parameters(), wide.model.parameters(), strict=True):
             step = torch.randint(-1, 2, p.shape, generator=generator).to(p)
@@ -246,15 +248,16 @@ def launches() -> Iterator[set[str]]:
     from lora.fast import kernels
 
     names: set[str] = set()
-    patch = pytest.MonkeyPatch()
-    for found in pkgutil.iter_modules(kernels.__path__):
-        for name, kernel in vars(importlib.import_module(f"{kernels.__name__}.{found.name}")).items():
-            if name.endswith("_kernel") and hasattr(kernel, "fn"):
-                run = kernel.run
-                counted = lambda *a, name=name, run=run, **k: (names.add(name), run(*a, **k))[1]  # noqa: E731
-                patch.setattr(kernel, "run", counted, raising=False)
-    yield names
-    patch.undo()
+
+    def counted(name: str, run: Any) -> Any:
+        return lambda *arguments, **options: (names.add(name), run(*arguments, **options))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for found in pkgutil.iter_modules(kernels.__path__):
+            for name, kernel in vars(importlib.import_module(f"{kernels.__name__}.{found.name}")).items():
+                if name.endswith("_kernel") and hasattr(kernel, "fn"):
+                    patch.setattr(kernel, "run", counted(name, kernel.run), raising=False)
+        yield names
 
 
 def assert_as_near_as_the_reference(device: str, family: str, seed: int, spoil: Any = None) -> None:
@@ -307,6 +310,5 @@ def test_an_adapter_that_is_off_in_its_fourth_digit_is_noticed(device):
         with torch.no_grad():
             twin.parameters["model.layers.0.mlp.up_proj.lora_B.default"] *= 1 + 2.0**-13
 
-    assert_as_near_as_the_reference(device, "llama", seed=1)
     with pytest.raises(AssertionError, match="is wrong by"):
         assert_as_near_as_the_reference(device, "llama", 1, spoil)

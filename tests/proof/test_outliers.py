@@ -1,7 +1,7 @@
 """Sums of which a few terms are far larger than the rest, proven at the sizes of a real model's.
 
 A hidden feature of a real MLP may be hundreds of times the others, and enters down_proj's sum of thousands; so does the
-label's -1 among the probabilities that a head's dx sums. The strategies draw both at small sizes: here are the large ones.
+label's -1 among the probabilities that a head's dx sums. The strategies draw both at small sizes: here they are large.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_the_largest_features_are_the_same_in_every_token_and_as_large_as_a_mode
     x = build(DOWN)["x"].detach()
     sizes = x.square().mean(0).sqrt()
     assert int((sizes > 100 * sizes.median()).sum()) == 40
-    assert 26 < float(x.abs().max() / sizes.median())
+    assert float(x.abs().max() / sizes.median()) > 26
 
 
 # ---- and a sum that is kept too narrow is rejected
@@ -115,5 +115,5 @@ def test_a_sum_in_half_precision_is_rejected(device, monkeypatch, case, narrow, 
     monkeypatch.setattr(lora.fast, case.operation, narrow(torch.float32, backward))
     assert_equivalent(case, device)
     monkeypatch.setattr(lora.fast, case.operation, narrow(kind, backward))
-    with pytest.raises(AssertionError, match="times its bound|from fast is wrong by"):
+    with pytest.raises(AssertionError, match=r"times its bound|from fast is wrong by"):
         assert_equivalent(case, device)

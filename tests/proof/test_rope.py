@@ -27,9 +27,7 @@ from proof.laws import (
 )
 
 tidy = rope_inputs().map(
-    lambda case: changed(
-        case, layout="heads", dy_layout="contiguous", frozen=frozenset(), x_size=1.0, dy_size=1.0
-    )
+    lambda case: changed(case, layout="heads", dy_layout="contiguous", frozen=frozenset(), x_size=1.0, dy_size=1.0)
 )
 one_table = tidy.map(lambda case: changed(case, batch=4, by_position=False, per_batch=False))
 
