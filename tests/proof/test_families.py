@@ -49,7 +49,7 @@ class Wide(TorchFunctionMode):
 
 
 def random_model(family: str, rng: random.Random, device: str, layers: int | None = None) -> Any:
-    """A model of one to three layers, or of `layers`, no size a multiple of any block, weights two-sided, norms off one."""
+    """A model of `layers`, or one to three, no size a multiple of any block, weights two-sided, norms off one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kv_heads, groups, dim = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([4, 6, 8])
@@ -264,7 +264,7 @@ def assert_as_near_as_the_reference(device: str, family: str, seed: int, spoil: 
     """Each result's largest error is at most twice the reference's, and a few roundings of the result.
 
     What one model makes of its roundings is one draw of a wide distribution: so the reference's error is the largest of
-    several, of the model and of its neighbours, whose every parameter is a rounding off.
+    several, of the model and of its neighbours, whose parameters are a few roundings off.
 
     spoil: done to the fast backend's model.
     """
