@@ -64,8 +64,8 @@ def test_the_largest_features_are_the_same_in_every_token_and_as_large_as_a_mode
 # ---- a sum that is kept too narrow is rejected, one that is made in the slowest order is not
 
 
-def narrowly(left: Tensor, right: Tensor, kind: torch.dtype, block: int) -> Tensor:
-    """left · right, [m, k] by [k, n], added up a block of terms at a time, the sum stored in `kind`."""
+def narrowly(left: Tensor, right: Tensor, kind: torch.dtype, block: int = 1) -> Tensor:
+    """left · right, [m, k] by [k, n], added up a term, or a block of them, at a time, the sum stored in `kind`."""
     total = left.new_zeros(len(left), right.shape[1], dtype=kind)
     for a, b in zip(left.float().split(block, 1), right.float().split(block), strict=True):
         total = (total.float() + a @ b).to(kind)
@@ -76,21 +76,21 @@ class Narrow(torch.autograd.Function):
     """x Wᵀ of a frozen W: sums in a narrow type, of the forward or of dx."""
 
     @staticmethod
-    def forward(ctx, x, weight, kind, backward, block):
+    def forward(ctx, x, weight, kind, backward):
         ctx.save_for_backward(weight)
-        ctx.kind, ctx.block = kind if backward else torch.float32, block
-        return narrowly(x, weight.T, torch.float32 if backward else kind, block)
+        ctx.kind = kind if backward else torch.float32
+        return narrowly(x, weight.T, torch.float32 if backward else kind)
 
     @staticmethod
     def backward(ctx, dy):
-        return narrowly(dy, ctx.saved_tensors[0], ctx.kind, ctx.block), None, None, None, None
+        return narrowly(dy, ctx.saved_tensors[0], ctx.kind), None, None, None
 
 
-def narrow_linear(kind: torch.dtype, backward: bool, block: int = 16):
+def narrow_linear(kind: torch.dtype, backward: bool):
     def lora_linear(x: Tensor, projection: Projection, dropout: None = None) -> Tensor:
         p = projection
         update = x @ p.lora_A.T * p.scaling @ p.lora_B.T
-        return Narrow.apply(x, p.weight.detach(), kind, backward, block) + update
+        return Narrow.apply(x, p.weight.detach(), kind, backward) + update
 
     return lora_linear
 
@@ -102,14 +102,17 @@ def narrow_loss(kind: torch.dtype, backward: bool):
     return linear_cross_entropy
 
 
-WAYS: list[tuple[Case, Any, bool]] = [(DOWN, narrow_linear, False), (HEAD, narrow_loss, True)]
+# logits of hundreds are off by 1 in bfloat16, and so may probabilities be: of a head with plain ones the bound says more
+WAYS: list[tuple[Case, Any, bool]] = [
+    (DOWN, narrow_linear, False), (changed(HEAD, outliers=1.0), narrow_loss, True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("types", [(torch.float32, torch.float16), (torch.float32, torch.bfloat16),
                                    (torch.bfloat16, torch.bfloat16)], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("case", "narrow", "backward"), WAYS, ids=["down_proj", "head's dx"])
 def test_a_sum_in_half_precision_is_rejected(device, monkeypatch, case, narrow, backward, types):
-    """Of the float32 products as of bfloat16 ones; the same code with sums in float32 passes."""
+    """Of float32 products as of bfloat16 ones; the same terms one after another in float32 are an admissible order."""
     dtype, kind = types
     case = changed(case, dtype=dtype)
     monkeypatch.setattr(lora.fast, case.operation, narrow(torch.float32, backward))
@@ -119,12 +122,10 @@ def test_a_sum_in_half_precision_is_rejected(device, monkeypatch, case, narrow, 
         assert_equivalent(case, device)
 
 
-def test_terms_one_after_another_are_an_admissible_order(device, monkeypatch):
-    """Both criteria let it be, though the sum is several times as far from the truth as one of blocks."""
-    x, weight = (build(DOWN)[name] for name in ("x", "projection"))
-    x, weight = x.detach(), weight.weight.detach()
-    truth = x.double() @ weight.double().T
-    errors = [float((narrowly(x, weight.T, torch.float32, block) - truth).abs().max()) for block in (1, 64)]
-    assert errors[0] > 2 * errors[1]
-    monkeypatch.setattr(lora.fast, "lora_linear", narrow_linear(torch.float32, False, block=1))
-    assert_equivalent(DOWN, device)
+def test_terms_one_after_another_are_further_off_than_blocks_of_them(device):
+    """And still within both criteria: no order of work is wrong."""
+    x, projection = (build(DOWN, device)[name] for name in ("x", "projection"))
+    x, weight = x.detach(), projection.weight.detach().T
+    truth = x.double() @ weight.double()
+    one_by_one, blocks = (float((narrowly(x, weight, torch.float32, n) - truth).abs().max()) for n in (1, 64))
+    assert one_by_one > 2 * blocks
