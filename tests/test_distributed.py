@@ -161,7 +161,7 @@ TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 -m -- lora"
 GPUS = torch.cuda.device_count()
 
 
-@pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and this machine has {GPUS}")
+@pytest.mark.skipif(GPUS < 2, reason=f"a run over NCCL: not run, needs two CUDA devices, and {GPUS} are here")
 def test_whole_runs_over_nccl_are_the_run_of_one_gpu(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
 

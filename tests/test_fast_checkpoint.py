@@ -170,7 +170,9 @@ def test_an_exception_in_the_backward_leaves_nothing_behind():
 
 CHECKPOINTS = {"reference": reference_checkpoint, "fast": lora.fast.checkpoint}
 SIZE = 5 * 8 * 4  # of x below
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="bytes to host memory and back: not run, needs a CUDA device"
+)
 
 
 @pytest.fixture

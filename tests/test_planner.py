@@ -388,7 +388,7 @@ def test_a_loss_of_ones_own():
 # ---- on a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the allocator's own count: not run, needs a CUDA device")
 @pytest.mark.parametrize("backend", ["reference", "fast"])
 def test_the_allocator_agrees(backend):
     """What is predicted against what the allocator counts. cuBLAS takes a workspace of its own before."""

@@ -21,7 +21,12 @@ from lora.reference.linear import lora_linear
 MODES: list[dict[str, bool]] = [{}, {"selective": True}, {"offload": True}, {"selective": True, "offload": True}]
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="checkpoints on a GPU: not run, needs a CUDA device"
+        ),
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora.projection import Dropout, Projection
 from lora.testing import bounds
 from lora.testing.bounds import Results
-from lora.testing.cases import Layer, laid, norm_may_be_lost, two_dimensional, with_specials
+from lora.testing.cases import Layer, laid, norm_may_be_lost, two_dimensional, with_outliers, with_specials
 from lora.testing.proof import Arguments, Case, Maker
 
 
@@ -30,6 +30,7 @@ class EmbeddingInput(Case):
     padding_idx: int | None = None
     table_layout: str = "contiguous"
     dy_layout: str = "contiguous"
+    dy_size: float = 1.0
 
     def arguments(self, make: Maker) -> Arguments:
         made = self.layer.make(make, self.vocab)  # weight [dim, vocab], of which the table is the transpose
@@ -39,7 +40,7 @@ class EmbeddingInput(Case):
         return {"ids": ids, "projection": made._replace(weight=table, bias=None), "padding_idx": self.padding_idx}
 
     def gradient(self, shape: torch.Size, make: Maker) -> Tensor:
-        return laid(make.normal(*shape), self.dy_layout)
+        return laid(make.normal(*shape, scale=self.dy_size), self.dy_layout)
 
     @property
     def repeats(self) -> bool:
@@ -74,10 +75,12 @@ class MultiLoRAInput(Case):
     adapter_dtype: torch.dtype | None = None
     layout: str = "contiguous"
     dy_layout: str = "contiguous"
+    x_size: float = 1.0
+    dy_size: float = 1.0
 
     def arguments(self, make: Maker) -> Arguments:
         count, r, dtype = len(self.scalings), self.rank, self.adapter_dtype
-        x = laid(make.normal(len(self.index), *self.inner, self.in_features), self.layout)
+        x = laid(make.normal(len(self.index), *self.inner, self.in_features, scale=self.x_size), self.layout)
         return {
             "x": x,
             "base": Layer(self.out_features, 0, self.bias, nf4=self.nf4).make(make, self.in_features),
@@ -88,7 +91,7 @@ class MultiLoRAInput(Case):
         }
 
     def gradient(self, shape: torch.Size, make: Maker) -> Tensor:
-        return laid(make.normal(*shape), self.dy_layout)
+        return laid(make.normal(*shape, scale=self.dy_size), self.dy_layout)
 
     @property
     def repeats(self) -> bool:
@@ -204,6 +207,8 @@ class RopeInput(Case):
     table_dtype: torch.dtype | None = None
     layout: str = "heads"
     dy_layout: str = "contiguous"
+    x_size: float = 1.0  # of q and k
+    dy_size: float = 1.0
 
     def laid(self, x: Tensor, layout: str) -> Tensor:
         """[batch, heads, seq, dim] in memory as `layout` says."""
@@ -213,7 +218,7 @@ class RopeInput(Case):
 
     def arguments(self, make: Maker) -> Arguments:
         q, k = (
-            self.laid(make.normal(self.batch, heads, self.seq, self.head_dim), self.layout)
+            self.laid(make.normal(self.batch, heads, self.seq, self.head_dim, scale=self.x_size), self.layout)
             for heads in (self.heads, self.kv_heads)
         )
         rows = (self.seq + 4,) if self.by_position else (self.batch, self.seq) if self.per_batch else (self.seq,)
@@ -224,7 +229,7 @@ class RopeInput(Case):
         return {"q": q, "k": k, "cos": cos, "sin": sin, "position_ids": positions, "interleaved": self.interleaved}
 
     def gradient(self, shape: torch.Size, make: Maker) -> Tensor:
-        return self.laid(make.normal(*shape), self.dy_layout)
+        return self.laid(make.normal(*shape, scale=self.dy_size), self.dy_layout)
 
     def bounds(self, arguments: Arguments, dys: dict[str, Tensor]) -> Results:
         positions = arguments["position_ids"]
@@ -254,9 +259,12 @@ class LossInput(Case):
     label_smoothing: float = 0.0
     ignore_index: int = -100
     layout: str = "contiguous"
+    x_size: float = 1.0  # of the hidden states
+    dy_size: float = 1.0
+    outliers: float = 1.0  # how many times the others a few of their features are, in every token
 
     def gradient(self, shape: torch.Size, make: Maker) -> Tensor:
-        return make.normal(*shape, 1)[..., 0]  # a scalar's too
+        return make.normal(*shape, 1, scale=self.dy_size)[..., 0]  # a scalar's too
 
     @property
     def repeats(self) -> bool:
@@ -276,9 +284,9 @@ class LossInput(Case):
         return labels.view(self.shape)
 
     def arguments(self, make: Maker) -> Arguments:
-        hidden = laid(make.normal(*self.shape, self.features), self.layout)
+        hidden = with_outliers(make.normal(*self.shape, self.features, scale=self.x_size), self.outliers, make)
         return {
-            "hidden": hidden,
+            "hidden": laid(hidden, self.layout),
             "head": self.layer.make(make, self.features),
             "labels": self.labels(make),
             "dropout": self.dropout,

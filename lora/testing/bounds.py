@@ -18,7 +18,7 @@ from torch import Tensor
 from lora.projection import Dropout, NF4Weight, Projection
 from lora.reference.dropout import dropout_mask, keep_scale
 from lora.reference.nf4 import nf4_dequantize
-from lora.testing.bounded import Bounded, add_up, exact, floor_of, given, rounding_of, unit_roundoff
+from lora.testing.bounded import SPREAD, Bounded, add_up, exact, floor_of, given, rounding_of, unit_roundoff
 
 Results = dict[str, Bounded]
 FIRST_ORDER = 0.25  # the largest error of an exponent for which exp is a straight line, to a hundredth of the error
@@ -203,10 +203,42 @@ def slope_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return slope
 
 
-def activated(g: Bounded, function: Callable[[Tensor], Tensor]) -> Bounded:
+# where an activation turns, and where its slope does: SiLU, and both GELUs (to a thousandth)
+TURNS = {"silu": (-1.27846,), "gelu": (-0.75179,), "gelu_tanh": (-0.75246,)}
+SLOPES_TURN = {"silu": (-2.39936, 2.39936), "gelu": (-1.41421, 1.41421), "gelu_tanh": (-1.41946, 1.41946)}
+STEEPEST, MOST_CURVED = 1.13, 0.8  # the largest |f'| and |f''| of the three
+
+
+def bent(g: Bounded, function: Callable[[Tensor], Tensor], turns: Sequence[float], steepest: float) -> Bounded:
+    """f(g): by its slope where g's error is small, else by the furthest that f goes within that error of g.
+
+    turns: where f has its extremes; steepest: its largest slope, by which the variance of a large error grows.
+    """
+    result = g.map(function)
+
+    def furthest(error: Tensor) -> Tensor:
+        low, high = g.value - error, g.value + error
+        ends = [low, high, *(torch.full_like(low, at).clamp(low, high) for at in turns)]
+        return torch.stack([(function(end).detach() - result.value).abs() for end in ends]).amax(0)
+
+    spread = SPREAD * g.variance.sqrt()
+    own = result._rounds(4 * result.value)
+    far = torch.minimum(steepest**2 * g.variance, furthest(spread).square())
+    worst = torch.where(g.worst > FIRST_ORDER, furthest(g.worst) + own, result.worst)
+    variance = torch.where(spread > FIRST_ORDER, far + own.square() / 3, result.variance)
+    return Bounded(result.value, worst, variance, g.dtype)
+
+
+def activated(g: Bounded, activation: str, slope: bool = False) -> Bounded:
     """f(g) for an activation or its slope, computed through terms as large as max(1, |g|): 1 + erf(g) cancels."""
-    result = g.map(function, ulps=4)
-    lost = 4 * torch.finfo(g.wide).eps * g.value.abs().clamp(min=1)
+    function = ACTIVATIONS[activation]
+    if slope:
+        result = bent(g, slope_of(function), SLOPES_TURN[activation], MOST_CURVED)
+    else:
+        result = bent(g, function, TURNS[activation], STEEPEST)
+    limits = torch.finfo(g.wide)
+    end = -math.log(limits.smallest_normal * limits.eps)  # beyond it exp is zero, and nothing is left to cancel
+    lost = 4 * limits.eps * g.value.abs().clamp(min=1, max=end)
     return Bounded(result.value, result.worst + lost, result.variance + lost.square() / 3, g.dtype)
 
 
@@ -215,16 +247,15 @@ def mlp(
     dropout: Dropout | None, below: Dropout | None,
 ) -> Results:  # fmt: skip
     """`lora_mlp`; dropout of x, `below` of the hidden."""
-    function = ACTIVATIONS[activation]
     of_gate, of_up = Linear(exact(x), gate, dropout), Linear(exact(x), up, dropout)
     g, z = of_gate.h, of_up.h
-    act = activated(g, function).rounded()
+    act = activated(g, activation).rounded()
     of_down = Linear((act * z).rounded(), down, below)
     results: Results = {"y": of_down.h}
     gradients = {"down": of_down.backward(exact(dy))}
     dh = gradients["down"].pop("dx")
     dz = (dh * act).rounded()
-    dg = ((dh * z).rounded() * activated(g, slope_of(function))).rounded()
+    dg = ((dh * z).rounded() * activated(g, activation, slope=True)).rounded()
     gradients |= {"gate": of_gate.backward(dg), "up": of_up.backward(dz)}
     hidden = g.value.shape[1]
     results["dx"] = add_up([as_first_term(gradients[part].pop("dx"), hidden) for part in ("gate", "up")])
@@ -319,6 +350,17 @@ def merged(projection: Projection) -> Bounded:
     return total.rounded(weight.dtype)
 
 
+def shifted(logs: Tensor, error: Tensor) -> Tensor:
+    """How far the probabilities exp(logs) of a row may move where each of its logits is off by up to `error`.
+
+    One becomes at most exp(2 error) as large, and not more than 1; what it loses, the others of its row gain.
+    """
+    p = logs.exp()
+    up = ((logs + 2 * error).clamp(max=0).exp() - p).clamp(min=0)
+    down = torch.minimum(-p * torch.expm1(-2 * error), up.sum(1, keepdim=True) - up)
+    return torch.maximum(up, down)
+
+
 def _parts(b: Bounded) -> tuple[Tensor, Tensor, Tensor]:
     return b.value, b.worst, b.variance
 
@@ -404,7 +446,7 @@ def cross_entropy(
     z = layer.h * logit_scale
     bend: Bounded | None = None
     if softcap is not None:
-        t = (z * (1 / softcap)).map(torch.tanh)
+        t = bent(z * (1 / softcap), torch.tanh, (), 1.0)
         z, bend = t * softcap, t * t * -1 + 1
     vocab = z.value.shape[1]
     label = torch.nn.functional.one_hot(labels.clamp(min=0), vocab).double()
@@ -422,7 +464,7 @@ def cross_entropy(
     losses = losses * (counted * weight)
     loss = losses.reshaped(lambda t: t[:, 0]) if each else losses.sum(0).reshaped(lambda t: t[0])
     p = powers * total.map(torch.reciprocal)
-    p = certain(p, rough, (p.value * torch.expm1(2 * off)).clamp(max=1))
+    p = certain(p, rough, shifted(below.value - total.value.log(), off) + p._rounds(8 * p.value))
     dz = (p - target) * (counted * weight) * logit_scale
     if bend is not None:
         dz = dz * bend
@@ -433,6 +475,7 @@ def cross_entropy(
     by_logit = logit_scale * (1 if bend is None else bend.value)
     moved = layer.in_step(probability * by_logit).bound()  # [tokens, 1]
     of_row = probability * by_logit * counted * weight * scale.value * moved
+    of_row = torch.where(rough, 0.0, of_row)  # where the certain bound of p has it already
     gradients = layer.backward(wider(dlogits, of_row.abs()), apart=True)
     # and what is nearest to zero is rounded to it, in one direction
     lost = torch.where(dlogits.value.abs() <= floor_of(hidden.dtype), dlogits.value, 0.0)

@@ -58,6 +58,15 @@ def with_specials(x: Tensor) -> Tensor:
     return torch.cat([numbers, x.flatten()[len(numbers) :]]).view(x.shape)
 
 
+def with_outliers(x: Tensor, times: float, make: Maker) -> Tensor:
+    """One feature in a hundred, and at least one, `times` as large as the others: the same ones in every token."""
+    if times == 1 or not x.numel():
+        return x
+    features = x.shape[-1]
+    few = torch.randperm(features, generator=make.generator)[: max(features // 100, 1)].to(x.device)
+    return x.index_copy(-1, few, x[..., few] * times)
+
+
 def two_dimensional(x: Tensor) -> Tensor:
     """[..., features] as [tokens, features]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -76,11 +85,12 @@ class Layer:
     zeros: bool = False  # the first half of W's rows: blocks of zeros, to NF4
     scaling: float = 2.0
     adapter_dtype: torch.dtype | None = None  # by default that of the weight
+    size: float = 1.0  # of a row of W
 
     def make(self, make: Maker, in_features: int) -> Projection:
-        """Two-sided random tensors, lora_B too; rows of W and of A have about norm 1."""
+        """Two-sided random tensors, lora_B too; rows of A have about norm 1, and so have those of W, times `size`."""
         n, r, small = self.out_features, self.rank, self.adapter_dtype
-        dense = make.normal(n, in_features, scale=in_features**-0.5)
+        dense = make.normal(n, in_features, scale=self.size * in_features**-0.5)
         if self.zeros:
             dense[: (n + 1) // 2] = 0
         weight: Tensor | NF4Weight = dense
@@ -113,11 +123,12 @@ class Projected(Case):
     dy_layout: str = "contiguous"
     x_size: float = 1.0
     dy_size: float = 1.0
+    outliers: float = 1.0  # how many times the others a few features of x are, in every token
     special: bool = False  # numbers in x that arithmetic treats apart
 
     def x(self, make: Maker) -> Tensor:
         """[..., in]."""
-        x = make.normal(*self.shape, self.in_features, scale=self.x_size)
+        x = with_outliers(make.normal(*self.shape, self.in_features, scale=self.x_size), self.outliers, make)
         return laid(with_specials(x) if self.special else x, self.layout)
 
     @property

@@ -80,9 +80,12 @@ class Maker:
         self.generator, self.dtype, self.device = torch.Generator().manual_seed(seed % 2**63), dtype, device
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Two-sided, of size `scale`, no element zero before rounding."""
+        """Two-sided, of size `scale`, no element zero: what would be rounded to it is the smallest number there is."""
         values = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale
-        return values.to(dtype or self.dtype).to(self.device)
+        rounded = values.to(dtype or self.dtype)
+        limits = torch.finfo(rounded.dtype)
+        least = torch.full_like(rounded, limits.smallest_normal * limits.eps).copysign(values.to(rounded.dtype))
+        return torch.where(rounded == 0, least, rounded).to(self.device)
 
     def positive(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uniform in [0.5, 1.5)."""

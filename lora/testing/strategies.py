@@ -51,12 +51,68 @@ SIZES = {
     torch.float64: [(1.0, 1.0), (1e-3, 1e3)],
 }
 SIZES[torch.bfloat16] = SIZES[torch.float32]
+# those of an MLP, whose hidden features are a product of two that x is in: x² · dy
+MLP_SIZES = {
+    torch.float16: [(1.0, 1.0), (1e-6, 1.0), (1.0, 1e-6), (1e-2, 1e3)],
+    torch.float32: [(1.0, 1.0), (1e-40, 1.0), (1.0, 1e-40), (1e15, 1e-3), (1e15, 1.0), (1e-3, 1e33), (30.0, 1.0)],
+    torch.float64: [(1.0, 1.0), (1e-3, 1e3), (1e3, 1.0)],
+}
+MLP_SIZES[torch.bfloat16] = MLP_SIZES[torch.float32]
+# those of a rotation, in which nothing grows
+ROPE_SIZES = {
+    torch.float16: [1.0, 1e-6, 1e4],
+    torch.float32: [1.0, 1e-40, 3e37],
+    torch.bfloat16: [1.0, 1e-40, 3e37],
+    torch.float64: [1.0, 1e-3, 1e3],
+}
+# those of a head's x and of its loss's gradient, of which a float16 logit is no larger than 65,504
+LOSS_SIZES = {
+    torch.float16: [(1.0, 1.0), (1e-6, 1.0), (30.0, 1e-3), (1.0, 1e-6), (1.0, 1e3)],
+    torch.float32: [(1.0, 1.0), (1e-40, 1.0), (300.0, 1.0), (1e30, 1.0), (1.0, 1e-40), (1.0, 1e35)],
+    torch.float64: [(1.0, 1.0), (1.0, 1e3)],  # the squares of smaller probabilities are no numbers
+}
+LOSS_SIZES[torch.bfloat16] = LOSS_SIZES[torch.float32]
+# those of a weight beside an update of about 1
+WEIGHT_SIZES = {
+    torch.float16: [1.0, 1e-6, 1e4],
+    torch.float32: [1.0, 1e-40, 1e37],
+    torch.bfloat16: [1.0, 1e-40, 1e37],
+    torch.float64: [1.0, 1e-3, 1e3],
+}
+LARGEST_HIDDEN = {torch.float16: 300.0, torch.float32: 1e30, torch.bfloat16: 1e30, torch.float64: 1.0}
+OUTLIERS = [1.0, 30.0, 700.0]  # the largest hidden features of a real model are 26 to 770 times the rest
+LARGEST_X = {torch.float16: 2e3, torch.float32: 1e35, torch.bfloat16: 1e35, torch.float64: 1e6}
 
 
 def sizes(dtype: torch.dtype, dropout: Dropout | None, *layers: Layer) -> st.SearchStrategy[tuple[float, float]]:
     """Sizes of x and dy; plain ones where dropout or scaling would take what is in between over the type's limits."""
-    plain = dropout is None and all(abs(layer.scaling) <= 2 for layer in layers)
-    return st.sampled_from(SIZES[dtype] if plain else SIZES[dtype][:1])
+    return st.sampled_from(SIZES[dtype] if is_plain(dropout, *layers) else SIZES[dtype][:1])
+
+
+def outliers(
+    dtype: torch.dtype, x_size: float, dy_size: float, plain: bool = True, largest: float | None = None
+) -> st.SearchStrategy[float]:
+    """How many times the others a few features of x are, where that leaves x and its products finite.
+
+    plain: without dropout, and no large scaling; largest: what x may be, by default `LARGEST_X`.
+    """
+    largest = LARGEST_X[dtype] if largest is None else largest
+    if dtype == torch.float16:  # sums over tokens too
+        largest = min(largest, 30 / dy_size) if plain else 0.0
+    return st.sampled_from([times for times in OUTLIERS if times == 1 or times * x_size <= largest])
+
+
+def is_plain(dropout: Dropout | None, *layers: Layer) -> bool:
+    """Whether nothing between x and a result is much larger than both."""
+    return dropout is None and all(abs(layer.scaling) <= 2 for layer in layers)
+
+
+extremes = st.sampled_from([False, False, True])  # whether a case makes room for extreme sizes
+
+
+def calm(layer: Layer) -> Layer:
+    """The layer without what makes numbers larger."""
+    return replace(layer, dora=False, scaling=min(layer.scaling, 2.0))
 
 
 def subsets(names: Sequence[str], usually: Sequence[str] = ()) -> st.SearchStrategy[frozenset[str]]:
@@ -110,6 +166,7 @@ def sized(draw: st.DrawFn, dtype: torch.dtype, dropout: Dropout | None, *layers:
     in_features = at_least(draw(dims), dtype, *layers)
     lost = any(norm_may_be_lost(layer, in_features) for layer in layers)  # a gain may be as large as anything else
     x_size, dy_size = (1.0, 1.0) if lost else draw(sizes(dtype, dropout, *layers))
+    few = outliers(dtype, x_size, dy_size, is_plain(dropout, *layers))
     return {
         "seed": draw(seeds),
         "dtype": dtype,
@@ -120,6 +177,7 @@ def sized(draw: st.DrawFn, dtype: torch.dtype, dropout: Dropout | None, *layers:
         "dy_layout": draw(layouts),
         "x_size": x_size,
         "dy_size": dy_size,
+        "outliers": 1.0 if lost else draw(few),
         "special": draw(st.booleans()),
     }
 
@@ -135,7 +193,7 @@ def qkv_inputs(draw: st.DrawFn) -> QKVInput:
 
 @st.composite
 def mlp_inputs(draw: st.DrawFn) -> MLPInput:
-    """Any input of `lora_mlp`, x of ordinary size: activations are what they are between -30 and 30."""
+    """Any input of `lora_mlp`; plain sizes under dropout, DoRA and scalings of more than 2."""
     dtype, dropout = draw(dtypes), draw(dropouts)
     if dtype == torch.float16 and dropout is not None:  # 1 / (1 - p) comes in twice
         dropout = dropout._replace(p=min(dropout.p, 0.5))
@@ -143,7 +201,12 @@ def mlp_inputs(draw: st.DrawFn) -> MLPInput:
     three = [draw(mild) for _ in range(3)]
     size = at_least(draw(dims), dtype, three[2])
     three[:2] = [replace(layer, out_features=size) for layer in three[:2]]
-    fields = sized(draw, dtype, dropout, *three) | {"x_size": 1.0, "dy_size": 1.0}
+    if draw(extremes):
+        dropout, three = None, [calm(layer) for layer in three]
+    plain = is_plain(dropout, *three) and not any(layer.dora for layer in three)
+    x_size, dy_size = draw(st.sampled_from(MLP_SIZES[dtype] if plain else MLP_SIZES[dtype][:1]))
+    few = outliers(dtype, x_size, dy_size, plain, 1.0 if dtype == torch.float16 else 1e15)
+    fields = sized(draw, dtype, dropout, *three) | {"x_size": x_size, "dy_size": dy_size, "outliers": draw(few)}
     return MLPInput(
         frozen=draw(subsets(MLPInput.leaves, weights_of(MLPInput.leaves))),
         layers=(three[0], three[1], three[2]),
@@ -159,13 +222,17 @@ def embedding_inputs(draw: st.DrawFn) -> EmbeddingInput:
     dtype = draw(dtypes)
     layer = replace(draw(layers(dtype)), nf4=False, bias=False)
     vocab = at_least(draw(st.sampled_from([1, 3, 11, 100])), dtype, layer)
+    layer = calm(layer) if draw(extremes) else layer
+    plain = is_plain(None, layer) and not layer.dora
+    table, dy_size = draw(st.sampled_from(SIZES[dtype] if plain else SIZES[dtype][:1]))
     return EmbeddingInput(
         seed=draw(seeds),
         dtype=dtype,
         frozen=draw(subsets(EmbeddingInput.leaves, ["weight"])),
         shape=draw(shapes),
         vocab=vocab,
-        layer=layer,
+        layer=replace(layer, size=table),
+        dy_size=dy_size,
         padding_idx=draw(st.none() | st.integers(-vocab, vocab - 1)),
         table_layout=draw(st.sampled_from(LAYOUTS[:-1])),
         dy_layout=draw(layouts),
@@ -177,6 +244,7 @@ def multi_lora_inputs(draw: st.DrawFn) -> MultiLoRAInput:
     """Any input of `multi_lora_linear`: adapters that no row names, rows of none, all of one."""
     dtype = draw(dtypes)
     scalings = draw(st.lists(st.sampled_from([1.0, 2.0, 0.5, -1.0, 0.0]), min_size=1, max_size=4))
+    x_size, dy_size = draw(st.sampled_from(SIZES[dtype]))
     half = dtype in (torch.bfloat16, torch.float16)
     return MultiLoRAInput(
         seed=draw(seeds),
@@ -193,6 +261,8 @@ def multi_lora_inputs(draw: st.DrawFn) -> MultiLoRAInput:
         adapter_dtype=draw(st.sampled_from([None, torch.float32])) if half else None,
         layout=draw(layouts),
         dy_layout=draw(layouts),
+        x_size=x_size,
+        dy_size=dy_size,
     )
 
 
@@ -246,6 +316,8 @@ def rope_inputs(draw: st.DrawFn) -> RopeInput:
         table_dtype=draw(st.sampled_from([None, torch.float32])) if dtype != torch.float64 else None,
         layout=draw(st.sampled_from(["heads", *LAYOUTS])),
         dy_layout=draw(st.sampled_from(["heads", *LAYOUTS])),
+        x_size=draw(st.sampled_from(ROPE_SIZES[dtype])),
+        dy_size=draw(st.sampled_from(ROPE_SIZES[dtype])),
     )
 
 
@@ -256,15 +328,21 @@ def loss_inputs(draw: st.DrawFn) -> LossInput:
     tokens = math.prod(shape)
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     layer = draw(layers(dtype, st.sampled_from([2, 3, 50, 255, 257, *([] if interpreting() else [2049, 5003])])))
+    features, dropout = at_least(draw(st.integers(1, 40)), dtype, layer), draw(dropouts)
+    if draw(extremes):
+        dropout, layer = None, calm(layer)
+    plain = is_plain(dropout, layer) and not layer.dora
+    x_size, dy_size = draw(st.sampled_from(LOSS_SIZES[dtype] if plain else LOSS_SIZES[dtype][:1]))
+    few = outliers(dtype, x_size, dy_size, plain, LARGEST_HIDDEN[dtype])
     return LossInput(
         seed=draw(seeds),
         dtype=dtype,
         frozen=draw(subsets(LossInput.leaves, ["weight", "bias"])),
         shape=shape,
-        features=at_least(draw(st.integers(1, 40)), dtype, layer),
+        features=features,
         layer=replace(layer, scaling=min(layer.scaling, 2.0)),
         ignored=tuple(draw(st.sets(st.integers(0, tokens - 1), max_size=tokens - 1))),
-        dropout=draw(dropouts),
+        dropout=dropout,
         reduction=reduction,
         num_items=draw(st.sampled_from([None, 17, 0.5])) if reduction == "mean" else None,
         softcap=draw(st.sampled_from([None, 3.0, 30.0])),
@@ -272,6 +350,9 @@ def loss_inputs(draw: st.DrawFn) -> LossInput:
         label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0])),
         ignore_index=draw(st.sampled_from([-100, -1])),
         layout=draw(layouts),
+        x_size=x_size,
+        dy_size=dy_size,
+        outliers=draw(few),
     )
 
 
@@ -280,5 +361,7 @@ def merge_inputs(draw: st.DrawFn) -> MergeInput:
     """Any input of `merge_weight` that has an adapter."""
     dtype = draw(dtypes)
     layer = draw(layers(dtype))
-    layer = replace(layer, rank=max(layer.rank, 1))
+    size = 1.0 if layer.dora else draw(st.sampled_from(WEIGHT_SIZES[dtype]))
+    size = min(size, 1e33) if layer.nf4 else size  # whose largest numbers are added up
+    layer = replace(layer, rank=max(layer.rank, 1), size=size)
     return MergeInput(seed=draw(seeds), dtype=dtype, in_features=draw(dims), layer=layer)

@@ -16,7 +16,7 @@ from lora.fast.kernels.activation import gated_backward, gated_forward
 from lora.fast.parts import LowRank
 from lora.reference.mlp import activate, activation_slope
 from lora.testing.bounded import Bounded, exact
-from lora.testing.bounds import ACTIVATIONS, activated, slope_of
+from lora.testing.bounds import ACTIVATIONS, activated
 from lora.testing.proof import Maker
 from lora.testing.report import assert_within
 
@@ -62,13 +62,13 @@ def check(dh: Operand, g: Operand, z: Operand, activation: str) -> None:
     forward = gated_forward(g.x, z.x, activation, **terms)
     dg, dz, h = gated_backward(dh.x, g.x, z.x, activation, with_h=True, plus_dh=dh.term, **terms)
     b_dh, b_g, b_z = dh.bounded, g.bounded, z.bounded
-    function, slope = ACTIVATIONS[activation], activation_slope(b_g.value, activation)
-    act, act_value = activated(b_g, function), activate(b_g.value, activation)
+    slope = activation_slope(b_g.value, activation)
+    act, act_value = activated(b_g, activation), activate(b_g.value, activation)
     of_h = (act_value * b_z.value, act * b_z)
     for name, found, (truth, bound) in (
         ("h", forward, of_h),
         ("h again", h, of_h),
-        ("dg", dg, (b_dh.value * b_z.value * slope, b_dh * b_z * activated(b_g, slope_of(function)))),
+        ("dg", dg, (b_dh.value * b_z.value * slope, b_dh * b_z * activated(b_g, activation, slope=True))),
         ("dz", dz, (b_dh.value * act_value, b_dh * act)),
     ):
         assert_within(found, truth, bound.rounded().bound(), name)

@@ -7,6 +7,7 @@ exact, the same work on the same bits is the same), else to the two runs' bounds
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,7 @@ from lora.projection import NF4Weight, Projection
 from lora.reference.dora import dora_gain
 from lora.reference.merge import merge_weight
 from lora.reference.nf4 import nf4_dequantize
-from lora.testing.cases import laid
+from lora.testing.cases import Layer, laid
 from lora.testing.proof import (
     BACKENDS,
     Arguments,
@@ -68,8 +69,12 @@ class Run:
     @cached_property
     def bounds(self) -> dict[str, Tensor]:
         """The bound of each result."""
+        return self.bounds_of(self.arguments)
+
+    def bounds_of(self, arguments: Arguments) -> dict[str, Tensor]:
+        """The bound of each result of other arguments."""
         dys = {name: dy.cpu() for name, dy in self.dys.items()}
-        bounds = self.case.bounds(mapped(self.arguments, on_cpu), dys)
+        bounds = self.case.bounds(mapped(arguments, on_cpu), dys)
         return {name: self.case.bound_of(bounds[name]).reshape(value.shape) for name, value in self.found.items()}
 
 
@@ -237,6 +242,11 @@ def adapters_of(run: Run) -> dict[str, Projection]:
     return {n: p for n, p in run.arguments.items() if isinstance(p, Projection) and p.lora_A is not None}
 
 
+def updating(layer: Layer) -> Layer:
+    """The layer in float32, with an adapter that does something, without DoRA."""
+    return replace(layer, rank=max(layer.rank, 1), scaling=layer.scaling or 1.5, dora=False, adapter_dtype=None)
+
+
 def prefix_of(argument: str) -> str:
     """What the results of this projection's parts begin with."""
     return "d" if argument in ("projection", "head", "base") else f"d{argument}."
@@ -245,7 +255,7 @@ def prefix_of(argument: str) -> str:
 def law_the_update_depends_on_s_B_A_alone(run: Run) -> None:
     """Twice s and half of B is the same update, and so is twice A: every bit, of float32 numbers without DoRA.
 
-    Only the product s B A matters. That the update is linear in it is the bound's to say.
+    Only the product s B A matters. That the update is linear in it is `law_the_update_is_linear`'s to say.
     """
     assert run.case.dtype == torch.float32 and all(p.magnitude is None for p in adapters_of(run).values())
     halved = {
@@ -257,6 +267,44 @@ def law_the_update_depends_on_s_B_A_alone(run: Run) -> None:
         for name, value in run.found.items():
             factor = 1 if name in run.case.outputs else factors.get(part_of(name), 1)
             assert_same_bits(found[name], value * factor, name)
+
+
+def law_the_update_is_linear(run: Run, *arguments: str) -> None:
+    """h(2s) - h(0) = 2 (h(s) - h(0)), and the same of lora_B for s: to the bounds of three runs.
+
+    So are all gradients, of which those of lora_A, and of lora_B for s, are zero at zero. Of no update at all this
+    is true, too: so in the outputs and in dx there is one, beyond all roundings.
+
+    arguments: the projections, without DoRA, in which all results are linear; "" where scaling and lora_B are arguments
+        of their own.
+    """
+
+    def times(factor: float, part: str) -> Arguments:
+        if arguments == ("",):
+            old = run.arguments[part]
+            return fresh(run.arguments, **{part: (old.detach() * factor).requires_grad_(old.requires_grad)})
+        chosen = {n: p for n, p in adapters_of(run).items() if n in arguments}
+        assert len(chosen) == len(arguments) and all(p.magnitude is None for p in chosen.values())
+        if part == "scaling":
+            return fresh(run.arguments, **{n: p._replace(scaling=p.scaling * factor) for n, p in chosen.items()})
+        return fresh(run.arguments, **{n: with_parts(p, lora_B=p.lora_B * factor) for n, p in chosen.items()})
+
+    prefixes = ["d" if name == "" else prefix_of(name) for name in arguments]
+    for part in ("scaling", "lora_B"):
+        zero = {prefix + name for prefix in prefixes for name in ("lora_A", "lora_B") if name != part}
+        none, twice = times(0, part), times(2, part)
+        without, doubled = run.results(none), run.results(twice)
+        rooms = run.bounds_of(none), run.bounds_of(twice)
+        for name, once in run.found.items():
+            base = without[name].double()
+            moved, further = once.double() - base, doubled[name].double() - base
+            room = run.bounds[name] + rooms[0][name]
+            assert_within(
+                further, 2 * moved, rooms[1][name] + 2 * run.bounds[name] + rooms[0][name], f"{name} of 2 {part}"
+            )
+            assert name not in zero or not without[name].any(), f"{name} without {part}"
+            if name in run.case.outputs or name == "dx":
+                assert bool((moved.abs().cpu() > room).any()), f"{name} has no update"
 
 
 def law_ranks_can_be_padded(run: Run) -> None:

@@ -23,6 +23,7 @@ from lora.testing import (
 )
 from lora.testing.block_cases import LossInput
 from lora.testing.bounded import Bounded, add_up, exact, unit_roundoff
+from lora.testing.bounds import ACTIVATIONS, MOST_CURVED, STEEPEST, activated, shifted, slope_of, wider
 from lora.testing.cases import Layer
 from lora.testing.explore import Exploration
 from lora.testing.proof import assert_as_near, changed
@@ -209,6 +210,38 @@ def test_a_function_passes_an_error_on_by_its_slope(function):
     rule = exact(x, torch.bfloat16).rounded().map(function)
     found = function(rough.double())
     assert assert_within(found, rule.value, rule.bound()) > 0.3
+
+
+@pytest.mark.parametrize("slope", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_passes_a_large_error_on_by_the_furthest_that_it_goes(activation, slope):
+    """Errors of up to 10 beside numbers of up to 10: within the certain bound, and half of them use all of it."""
+    function = slope_of(ACTIVATIONS[activation]) if slope else ACTIVATIONS[activation]
+    g, size = 10 * (2 * normal(400, seed=1).sigmoid() - 1), normal(400, seed=2).abs() * 4
+    rule = activated(wider(exact(g), size.double()), activation, slope)
+    errors = torch.linspace(-1, 1, 2001, dtype=torch.float64)[:, None] * size
+    reached = (function(g + errors).detach() - rule.value).abs().amax(0)
+    assert bool((reached <= rule.worst * (1 + 1e-6)).all())
+    assert float((reached / rule.worst)[size > 0.25].median()) > 0.99
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_activation_is_steeper_or_more_curved_than_the_rule_says(activation):
+    g, turn = torch.linspace(-20, 20, 400_001, dtype=torch.float64), slope_of(ACTIVATIONS[activation])
+    assert 0.95 * STEEPEST < float(turn(g).detach().abs().max()) <= STEEPEST
+    assert 0.6 * MOST_CURVED < float(slope_of(turn)(g).detach().abs().max()) <= MOST_CURVED
+
+
+def test_probabilities_of_logits_that_are_off_stay_within_the_rule():
+    """Every logit of a row off by up to e, up or down: of rows of one class that is sure, and of rows that are not."""
+    for scale, off in ((1.0, 0.5), (3.0, 2.0), (300.0, 1.0), (1e30, 1e20)):
+        z = scale * normal(500, 5, seed=3).double()
+        logs = torch.log_softmax(z, 1)
+        room = shifted(logs, torch.full((500, 1), off, dtype=torch.float64))
+        assert bool(room.isfinite().all()) and float(room.max()) <= 1
+        for seed in range(20):
+            error = off * normal(500, 5, seed=seed).sign().double()
+            assert bool(((torch.softmax(z + error, 1) - logs.exp()).abs() <= room + 1e-14).all())
 
 
 def test_the_smaller_of_worst_case_and_deviations_is_taken():

@@ -29,12 +29,18 @@ from proof.laws import (
     law_silent_tokens_teach_nothing,
     law_the_basis_of_the_rank_does_not_matter,
     law_the_update_depends_on_s_B_A_alone,
+    law_the_update_is_linear,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     merged_projection,
+    updating,
 )
 
-tidy = embedding_inputs().map(lambda case: changed(case, table_layout="contiguous", dy_layout="contiguous"))
+tidy = embedding_inputs().map(
+    lambda case: changed(
+        case, table_layout="contiguous", dy_layout="contiguous", dy_size=1.0, layer=replace(case.layer, size=1.0)
+    )
+)
 adapted = tidy.map(lambda case: changed(case, layer=replace(case.layer, rank=max(case.layer.rank, 1))))
 plain_lora = adapted.map(lambda case: changed(case, layer=replace(case.layer, dora=False)))
 rows_of_ids = tidy.map(lambda case: changed(case, shape=(7,)))
@@ -141,6 +147,14 @@ def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     layer = replace(case.layer, dora=False, adapter_dtype=None)
     run = Run(changed(case, dtype=torch.float32, layer=layer), backend, device)
     law_the_update_depends_on_s_B_A_alone(run)
+
+
+@both
+@examples(15)
+@given(case=plain_lora)
+def test_the_update_is_linear_in_scaling_and_in_B(device, backend, case):
+    run = Run(changed(case, dtype=torch.float32, shape=(7,), layer=updating(case.layer)), backend, device)
+    law_the_update_is_linear(run, "projection")
 
 
 @both

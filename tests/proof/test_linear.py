@@ -36,9 +36,11 @@ from proof.laws import (
     law_silent_tokens_teach_nothing,
     law_the_basis_of_the_rank_does_not_matter,
     law_the_update_depends_on_s_B_A_alone,
+    law_the_update_is_linear,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     merged_projection,
+    updating,
     with_parts,
 )
 
@@ -84,6 +86,14 @@ def test_gradients_are_linear_in_dy(device, backend, case):
 def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     case = changed(case, dtype=torch.float32, layer=replace(case.layer, adapter_dtype=None))
     law_the_update_depends_on_s_B_A_alone(Run(case, backend, device))
+
+
+@both
+@examples(20)
+@given(case=plain_lora)
+def test_the_update_is_linear_in_scaling_and_in_B(device, backend, case):
+    case = changed(case, dtype=torch.float32, shape=(7,), dropout=None, layer=updating(case.layer))
+    law_the_update_is_linear(Run(case, backend, device), "projection")
 
 
 @both

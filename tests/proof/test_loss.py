@@ -39,7 +39,9 @@ from proof.laws import (
     with_parts,
 )
 
-tidy = loss_inputs().map(lambda case: changed(case, layout="contiguous", dropout=None))
+tidy = loss_inputs().map(
+    lambda case: changed(case, layout="contiguous", dropout=None, x_size=1.0, dy_size=1.0, outliers=1.0)
+)
 plain_head = tidy.map(lambda case: changed(case, layer=replace(case.layer, nf4=False), num_items=None))
 plain_lora = plain_head.map(
     lambda case: changed(case, layer=replace(case.layer, dora=False, rank=max(case.layer.rank, 1)))

@@ -59,7 +59,7 @@ def test_no_scaling_is_the_weight_itself(device, backend, case):
 
 @both
 @examples(20)
-@given(case=cases.map(lambda case: changed(case, layer=replace(case.layer, dora=False, nf4=True))))
+@given(case=cases.map(lambda case: changed(case, layer=replace(case.layer, dora=False, nf4=True, size=1.0))))
 def test_nf4_merges_as_what_it_decodes_to(device, backend, case):
     p = build(case, device)["projection"]
     dense = p._replace(weight=nf4_dequantize(p.weight, torch.promote_types(p.weight.dtype, torch.float32)))

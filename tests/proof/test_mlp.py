@@ -34,14 +34,21 @@ from proof.laws import (
     law_silent_tokens_teach_nothing,
     law_the_basis_of_the_rank_does_not_matter,
     law_the_update_depends_on_s_B_A_alone,
+    law_the_update_is_linear,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     law_weights_that_lie_together_change_nothing,
     merged_projection,
+    updating,
     with_parts,
 )
 
-tidy = mlp_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous", special=False))
+tidy = mlp_inputs().map(
+    lambda case: changed(
+        case, layout="contiguous", dy_layout="contiguous", special=False, x_size=1.0, dy_size=1.0,
+        outliers=case.outliers if case.dtype != torch.float16 else 1.0,
+    )
+)  # fmt: skip
 rows_of_x = tidy.map(lambda case: changed(case, shape=(6,), dropout=None))
 
 
@@ -173,6 +180,16 @@ def test_weights_that_lie_together_change_nothing(device, backend, case):
 def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     """Of gate, up and down at once: the same three products."""
     law_the_update_depends_on_s_B_A_alone(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=plain_lora)
+def test_the_update_of_down_is_linear_in_scaling_and_in_B(device, backend, case):
+    """y is linear in down's update, and so is all that comes back through down. The hidden is not zero."""
+    gate, up, down = (replace(layer, adapter_dtype=None, zeros=False) for layer in case.layers)
+    case = changed(case, dtype=torch.float32, shape=(7,), dropout=None, layers=(gate, up, updating(down)))
+    law_the_update_is_linear(Run(case, backend, device), "down")
 
 
 @both

@@ -25,13 +25,16 @@ from proof.laws import (
     law_gradients_are_those_of_finite_differences,
     law_memory_layout_does_not_matter,
     law_silent_tokens_teach_nothing,
+    law_the_update_is_linear,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     merged_projection,
     signed_permutation,
 )
 
-tidy = multi_lora_inputs().map(lambda case: changed(case, layout="contiguous", dy_layout="contiguous"))
+tidy = multi_lora_inputs().map(
+    lambda case: changed(case, layout="contiguous", dy_layout="contiguous", x_size=1.0, dy_size=1.0)
+)
 
 
 def spread(case: MultiLoRAInput) -> MultiLoRAInput:
@@ -160,6 +163,15 @@ def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     found = run.results(fresh(a, lora_B=halved, scaling=a["scaling"] * 2))
     for name, value in run.found.items():
         assert_same_bits(found[name], value * (2 if name == "dlora_B" else 1), name)
+
+
+@both
+@examples(15)
+@given(case=spread_out)
+def test_the_update_is_linear_in_scaling_and_in_B(device, backend, case):
+    scalings = tuple(s or 1.5 for s in case.scalings)
+    case = changed(case, dtype=torch.float32, adapter_dtype=None, scalings=scalings)
+    law_the_update_is_linear(Run(case, backend, device), "")
 
 
 @both

@@ -66,6 +66,7 @@ def test_an_operations_proof_is_under_thirty_lines():
 # what a law's tests are called
 LAWS = {
     "on scaling, lora_B and lora_A only": r"the_update_depends_on_s_B_A_alone",
+    "the update is linear": r"the_update_(of_down_)?is_linear_in_scaling_and_in_B",
     "tokens, or rows": r"(tokens|rows|sequences)_do_not_see_each_other",
     "a batch is its parts": r"a_batch_is_its_parts",
     "padded with zeros": r"(ranks_can_be_padded|the_basis_and_the_number_of_ranks)",

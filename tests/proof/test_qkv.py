@@ -35,10 +35,12 @@ from proof.laws import (
     law_silent_tokens_teach_nothing,
     law_the_basis_of_the_rank_does_not_matter,
     law_the_update_depends_on_s_B_A_alone,
+    law_the_update_is_linear,
     law_tokens_do_not_see_each_other,
     law_two_runs_are_the_same_bits,
     law_weights_that_lie_together_change_nothing,
     merged_projection,
+    updating,
 )
 
 ordinary = qkv_inputs().map(lambda case: changed(case, x_size=1.0, dy_size=1.0, special=False))
@@ -162,6 +164,17 @@ def test_weights_that_lie_together_change_nothing(device, backend, case):
 @given(case=plain_lora.map(in_float32))
 def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     law_the_update_depends_on_s_B_A_alone(Run(case, backend, device))
+
+
+@both
+@examples(8)
+@given(case=plain_lora)
+def test_the_update_is_linear_in_scaling_and_in_B(device, backend, case):
+    """Of q, k and v at once."""
+    case = changed(
+        case, dtype=torch.float32, shape=(7,), dropout=None, layers=tuple(updating(layer) for layer in case.layers)
+    )
+    law_the_update_is_linear(Run(case, backend, device), *"qkv")
 
 
 @both

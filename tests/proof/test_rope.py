@@ -28,7 +28,9 @@ from proof.laws import (
     law_two_runs_are_the_same_bits,
 )
 
-tidy = rope_inputs().map(lambda case: changed(case, layout="heads", dy_layout="contiguous", frozen=frozenset()))
+tidy = rope_inputs().map(
+    lambda case: changed(case, layout="heads", dy_layout="contiguous", frozen=frozenset(), x_size=1.0, dy_size=1.0)
+)
 one_table = tidy.map(lambda case: changed(case, batch=4, by_position=False, per_batch=False))
 
 

@@ -123,6 +123,35 @@ def sizes() -> Iterator[tuple[str, str, Kind]]:
     yield "qkv", "x near overflow", lambda case: case.x_size > torch.finfo(case.dtype).max / 4e3
     for name in PROJECTED:
         yield name, "special numbers", lambda case: case.special and tokens_of(case) > 0
+    yield from magnitudes()
+
+
+def magnitudes() -> Iterator[tuple[str, str, Kind]]:
+    for name in [*PROJECTED, "loss"]:
+        for times in strategies.OUTLIERS[1:]:
+            yield name, f"features {times:g} times the others", lambda c, t=times: c.outliers == t and tokens_of(c) > 0
+    for name in ("mlp", "multi_lora", "rope", "loss"):
+        yield name, "subnormal x", lambda case: case.x_size < smallest(case)
+    for name in ("mlp", "multi_lora", "rope", "loss", "embedding"):
+        yield name, "subnormal dy", lambda case: case.dy_size < smallest(case)
+    for name in ("multi_lora", "rope"):
+        yield name, "x near overflow", lambda case: case.x_size > largest(case) / 4e3
+    for name in ("mlp", "embedding", "loss"):
+        yield name, "dy near overflow", lambda case: case.dy_size > largest(case) / 4e5
+    yield "mlp", "hidden features of the square of x's size", lambda case: case.x_size >= 1e15
+    yield "loss", "logits far beyond exp", lambda case: case.x_size >= 300
+    for name in ("embedding", "merge"):
+        yield name, "a subnormal weight", lambda case: case.layer.size < smallest(case)
+        yield name, "a weight near overflow", lambda case: case.layer.size > largest(case) / 4e3
+
+
+def smallest(case: Case) -> float:
+    """The smallest normal number of the case's type."""
+    return torch.finfo(case.dtype).smallest_normal
+
+
+def largest(case: Case) -> float:
+    return torch.finfo(case.dtype).max
 
 
 def layouts() -> Iterator[tuple[str, str, Kind]]:
