@@ -24,6 +24,7 @@ EQUIVALENT: dict[str, str] = {
     + "The update is added by the product, not by the activation's kernel.",
     "kernels.nf4:rounded: b_value.to(dtype) → (b_value)": "The store that follows converts to the same type of its "
     "pointer, in the same way.",
+    "dropout:masks_in_products: 0 → 1": COST + "At the least p there is, 1/65536, D(x) is written and then multiplied.",
     "dropout:_signed: 63 → 64": "Both numbers are the same 64 bits: PyTorch takes one with or without a sign.",
     "dora:row_norms: dense.shape[1] * wide.itemsize → ((dense.shape[1]) + (wide.itemsize))": COST
     + "It is the number of rows at a time, from one to all.",
