@@ -67,8 +67,9 @@ read number by number, while g, z and dh are read in 128 bits at any rank.
 gradient needs the row's sum, and neither a multiprocessor nor L2 holds the rows (256 KB of 128k logits in 16 bits, of two
 programs a multiprocessor) until it is known.
 """,
-    "gemm": """The wide products move more than the least, and may: with 8192 tokens they are bound by arithmetic, which
-takes at least twice as long as what is moved. x and W are read again by every wave of 132 programs, 16 tiles high; how
+    "gemm": """Training without dropout calls none of these: its products are cuBLAS's (decision 5). With dropout it calls
+`skinny_gemm` and `lora_A_gradient` (decision 11). The wide products move more than the least, and may: with 8192 tokens
+they are bound by arithmetic, which takes at least twice as long as what is moved. x and W are read again by every wave of 132 programs, 16 tiles high; how
 much of that L2 answers is not counted. Sums over tokens also write and read their partial sums.
 """,
     "norm": """Rows longer than 8192 features do not fit into a program's registers, and are read again: once for the
