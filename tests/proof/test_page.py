@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 import lora.fast
 import lora.reference
@@ -49,7 +50,17 @@ def test_the_example_proves_a_right_operation(device):
     run(device)
 
 
-@pytest.mark.usefixtures("_with_the_operation")
+@pytest.fixture
+def _without_shrinking():
+    """A failure that is expected need not be made small first, which takes Hypothesis ten times as long."""
+    before = settings.get_current_profile_name()
+    settings.register_profile("first failure", settings(), phases=[Phase.explicit, Phase.generate])
+    settings.load_profile("first failure")
+    yield
+    settings.load_profile(before)
+
+
+@pytest.mark.usefixtures("_with_the_operation", "_without_shrinking")
 @pytest.mark.parametrize(
     "wrong", [rough, lambda x, gain: x * gain[:, None].detach(), lambda x, gain: x + 0 * gain[:, None]]
 )
