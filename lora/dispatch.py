@@ -141,8 +141,8 @@ def for_training(model: nn.Module, checkpointing: str | Sequence[str] | Mapping[
 
     Args:
         checkpointing: "none"; "recompute" (keep each block's input only); "selective" (also keep attention's
-            outputs); "offload" (block inputs wait in host memory). Or one of these names for each block, in order; or
-            a plan of `lora.plan_checkpointing`, made for a number of bytes.
+            outputs, and down_proj's where a norm reads it); "offload" (block inputs wait in host memory). Or one of
+            these names for each block, in order; or a plan of `lora.plan_checkpointing`, made for a number of bytes.
     """
     return backend().for_training(model, checkpointing=checkpointing)  # type: ignore[no-any-return]
 

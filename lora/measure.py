@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lora import dispatch
 from lora.adapters import state_of
 from lora.errors import LoRAError
-from lora.fast.checkpoint import Operations, reporting
+from lora.fast.checkpoint import Operations, Product, reporting
 from lora.fast.workspace import workspaces_on
 from lora.layers import adapter_layers
 from lora.reference import modes as reference_modes
@@ -54,6 +54,7 @@ class Block:
     selective: int = 0  # what "selective" keeps beside the inputs: attention's outputs, and a last product that is read
     arithmetic: int = 0
     attention_arithmetic: int = 0
+    spared: int = 0  # of its arithmetic, what "selective" does not do again and "recompute" does: that of what it keeps
     working: int = 0  # at most while it runs forward and then backward
     working_again: int = 0  # the same where the forward runs with the output's gradient waiting
     calls: int = 0
@@ -109,6 +110,22 @@ def measure(model: nn.Module, batch: Mapping[str, Any], loss: Callable[..., Tens
         raise LoRAError(f"the forward of {type(model).__name__} ran none of its blocks through the checkpointing hook.")
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return step.sums(trainable, sum(x.nbytes for x in scratch), device.type)
+
+
+class CountedOperations(Operations):
+    """A block's fused operations, and the arithmetic of the last one's product."""
+
+    def __init__(self, saved: list[Tensor], ledger: Ledger) -> None:
+        super().__init__(saved, keeps=True)
+        self.ledger, self.start, self.product = ledger, 0, 0
+
+    def begins(self) -> bool | Product:
+        self.start = self.ledger.arithmetic
+        return super().begins()
+
+    def ends(self, product: Product, keepable: bool) -> None:
+        self.product = self.ledger.arithmetic - self.start
+        super().ends(product, keepable)
 
 
 class Mark(NamedTuple):
@@ -263,7 +280,7 @@ class Step:
         ledger.most = start = ledger.held
         ledger.attention = ledger.arithmetic = ledger.attention_arithmetic = 0
         saved: list[Tensor] = []
-        operations, note = Operations(saved, keeps=True), self.noting(block.saves)
+        operations, note = CountedOperations(saved, ledger), self.noting(block.saves)
 
         def pack(x: Tensor) -> Tensor:
             saved.append(note(x))
@@ -274,6 +291,7 @@ class Step:
         saved.clear()
         forward = ledger.most - start
         block.selective += ledger.attention + operations.bytes_kept()
+        block.spared += ledger.attention_arithmetic + (operations.product if operations.last is not None else 0)
         operations.last = None  # a plan may not keep it
         block.arithmetic += ledger.arithmetic
         block.attention_arithmetic += ledger.attention_arithmetic

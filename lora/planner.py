@@ -9,9 +9,9 @@ blocks i+1 … are free:
 
     need_i = constant + Σ_{j<i} kept_j + own_i + working_i      need_loss = constant + Σ_j kept_j + working_loss
 
-    kept_j      by mode. none: what its operations save; recompute: its input; selective: its input and attention's
-                outputs; offload: nothing
-    own_i       what block i keeps beside the tensors that its second run makes: its input, attention's outputs
+    kept_j      by mode. none: what its operations save; recompute: its input; selective: its input, attention's
+                outputs, and down_proj's where a norm reads it; offload: nothing
+    own_i       what block i keeps beside the tensors that its second run makes: its input, what selective keeps
     working_i   what its operations have in memory at most at one time, forward or backward, its gradients included;
                 when it runs again, the gradient of its output waits meanwhile
     constant    the gradients of all trainable parameters, and what belongs to no single block: masks, cos and sin,
@@ -335,7 +335,7 @@ def largest_moment(
 
 def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
     """What each mode means for this block; "selective" only where it has something to keep."""
-    arithmetic, thrifty = block.arithmetic, block.arithmetic - block.attention_arithmetic
+    arithmetic, thrifty = block.arithmetic, block.arithmetic - block.spared
     again, both = block.input + block.working_again, block.input + block.selective
     every = {
         "none": Choice(block.saved, block.input + block.working, 0, 0),

@@ -131,6 +131,24 @@ def test_a_fused_model_is_one_graph(dropout, quantised):
         assert float((found - expected).abs().max()) <= 64 * torch.finfo(torch.float32).eps * scale
 
 
+@pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_checkpointed_blocks_of_a_compiled_model_stay_outside_of_its_graphs(backend, mode):
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    with lora.use_backend(backend):
+        model = lora.inject(transformers.LlamaForCausalLM(config), lora.LoRAConfig(r=4, init_lora_weights=False))
+        lora.for_training(model, checkpointing=mode)
+        ids, trained = torch.randint(50, (2, 9)), lora.trainable_parameters(model)
+        found, expected = (
+            torch.autograd.grad(run(input_ids=ids, labels=ids).loss, trained)
+            for run in (torch.compile(model, backend="aot_eager"), model)
+        )
+    for compiled, plain in zip(found, expected, strict=True):
+        assert float((compiled - plain).abs().max()) <= 64 * torch.finfo(torch.float32).eps * float(plain.abs().max())
+
+
 def test_fused_attentions_share_one_function():
     """What torch.compile keeps hangs on the code object and is found in the globals: each pair belongs together."""
     config = transformers.LlamaConfig(

@@ -132,6 +132,44 @@ def test_of_the_last_product_only_what_is_read_is_kept():
                 assert torch.equal(linear(x), seen.last[0]) and torch.equal(norm(linear(x)), output)
 
 
+@pytest.mark.parametrize("mode", [{}, {"selective": True}, {"offload": True}], ids=str)
+def test_a_product_that_saves_nothing_itself_may_still_be_read(mode):
+    """Under no_grad, or where nothing behind it trains, an operation saves nothing; what comes after it does."""
+    w, A, B = torch.randn(8, 8), torch.randn(3, 8, requires_grad=True), torch.randn(8, 3, requires_grad=True)
+    x, gain = torch.randn(5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+
+    def gated(x, gain):
+        with torch.no_grad():
+            gate = lora.ops.lora_linear(x, Projection(w, None, A, B, 2.0))
+        return x * gate * gain
+
+    def normed(x, gain):
+        y = lora.ops.lora_linear(x.detach(), Projection(w, None, A.detach(), B.detach(), 2.0))
+        return lora.ops.rms_norm(y.add_(1), gain) + x  # in place: nobody needs what it was
+
+    for block in (gated, normed):
+        expected = torch.autograd.grad(block(x, gain).square().sum(), (x, gain))
+        found = torch.autograd.grad(lora.ops.checkpoint(block, x, gain, **mode).square().sum(), (x, gain))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), block.__name__
+
+
+def test_a_norm_that_trains_behind_a_frozen_block_of_gemma():
+    """Only the second layer has adapters: nothing that the first one's norm normalises has a gradient."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma2", **sizes, num_key_value_heads=1, head_dim=8, vocab_size=64, pad_token_id=0)
+    torch.manual_seed(0)
+    model = lora.inject(
+        AutoModelForCausalLM.from_config(config), LoRAConfig(r=4, layers_to_transform=[1], init_lora_weights=False)
+    )
+    model.model.layers[0].post_feedforward_layernorm.weight.requires_grad_(True)
+    _, expected, _ = losses(model, "none", [])
+    for mode in ("recompute", "selective", "offload"):
+        _, found, _ = losses(model, mode, [])
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items()), mode
+
+
 def test_a_block_that_reads_its_last_product_runs_it_again():
     x = torch.randn(5, 8, requires_grad=True)
     weight = torch.nn.Parameter(torch.ones(8))

@@ -226,7 +226,7 @@ def random_measured(rng: random.Random, blocks: int, device: str = "cuda") -> Me
                 str(number),
                 selective=rng.choice([0, size, 2 * size]),
                 arithmetic=rng.randint(10, 40),
-                attention_arithmetic=rng.randint(1, 9),
+                spared=rng.randint(1, 9),
                 working=working,
                 working_again=working + size,
                 calls=1,
@@ -249,8 +249,9 @@ def need_and_cost(problem: Problem, modes: tuple[str, ...]) -> tuple[int, tuple[
         assert choices[mode].kept == {"none": block.saved, "offload": 0}.get(mode, own)
     needs += [problem.constant + before + measured.loss_working, measured.before_blocks]
     arithmetic = sum(
-        0 if mode == "none" else block.arithmetic - (block.attention_arithmetic if mode == "selective" else 0)
+        block.arithmetic - (block.spared if mode == "selective" else 0)
         for block, mode in zip(measured.blocks, modes, strict=True)
+        if mode != "none"
     )
     moved = sum(2 * block.input for block, mode in zip(measured.blocks, modes, strict=True) if mode == "offload")
     return max(needs), (arithmetic, moved)
@@ -421,3 +422,15 @@ def test_the_allocator_agrees(backend):
             assert 0 <= kept - plan.kept < 6 * 100 * 512
             assert peak <= plan.peak + 6 * 100 * 512
         assert "offload" in modes_seen and "none" in modes_seen
+
+
+def test_what_selective_keeps_of_gemma_it_does_not_do_again():
+    """Gemma's norm reads what down_proj gives: kept, it is a product less; eager, its attention is computed again."""
+    with lora.use_backend("fast"):
+        model = adapted("gemma3")
+        measured = measure(lora.for_training(model), BATCH, None)
+    block, choices = measured.blocks[0], Problem(measured, ["recompute", "selective"]).choices[0]
+    config = model.config
+    output = IDS.numel() * config.hidden_size
+    assert block.selective >= 4 * output and block.spared >= 2 * output * config.intermediate_size
+    assert choices["selective"].cost < choices["recompute"].cost

@@ -84,7 +84,7 @@ class FastRun(Run):
         return [*super().first_surroundings(), reporting(self.operations, self)]
 
 
-Product = Sequence[Tensor]  # the outputs of a group, [tokens, out_i] each
+Product = Sequence[Tensor]  # the outputs of a group, [..., out_i] each
 
 
 class Operations:
@@ -97,63 +97,64 @@ class Operations:
 
     def __init__(self, saved: Sized, keeps: bool) -> None:
         self.saved, self.keeps = saved, keeps
-        self.begun: list[tuple[int, int]] = []  # first run: tensors saved before each, and by it
+        self.count = 0  # first run: how many there are
+        self.before = 0  # first run: tensors saved up to the end of the last one
         self.last: Product | None = None  # first run: what the last one made
         self.position: int | None = None  # second run: how many have begun
 
-    def begins(self, saves: int) -> bool | Product:
-        """Whether the product of an operation that will save `saves` tensors is wanted; or that product."""
+    def begins(self) -> bool | Product:
+        """Whether the product of the operation that begins now is wanted; or that product, a copy."""
         if self.position is None:
-            self.begun.append((len(self.saved), saves))
-            self.last = None
+            self.count, self.last = self.count + 1, None
             return True
         self.position += 1
-        if self.position < len(self.begun):
+        if self.position < self.count:
             return True
         if not self.is_read():
             return False
         return True if self.last is None else [y.clone() for y in self.last]
 
-    def made(self, product: Product) -> None:
-        """What an operation made, in a first run; autograd forbids to change it in place."""
-        if self.keeps and self.position is None:
-            self.last = [y.detach() for y in product]
+    def ends(self, product: Product, keepable: bool) -> None:
+        """An operation has made and saved what it makes and saves.
+
+        What has a gradient nobody may change in place, as autograd sees to, so it can be kept without a copy.
+        """
+        if self.position is None:
+            self.before = len(self.saved)
+            if self.keeps and keepable and all(y.requires_grad for y in product):
+                self.last = [y.detach() for y in product]
 
     def is_read(self) -> bool:
         """Whether the first run saved anything after its last operation."""
-        before, saves = self.begun[-1]
-        return before + saves < len(self.saved)
+        return self.before < len(self.saved)
 
-    def end(self) -> None:
-        """The first run has ended: a product that nothing reads is let go."""
-        if self.last is not None and not self.is_read():
+    def close(self) -> None:
+        """The first run is over: a product that nothing reads is let go."""
+        if not self.is_read():
             self.last = None
 
     def bytes_kept(self) -> int:
-        """What the last product takes, once the first run has ended."""
+        """What the last product takes, once the first run is over."""
         return 0 if self.last is None else sum(y.nbytes for y in self.last)
 
 
 _running = threading.local()  # autograd runs a second time on threads of its own
 
 
-def product_is_wanted(saves: int) -> bool | Product:
+def product_is_wanted() -> bool | Product:
     """Asked by a fused operation before its last product: False where only what it saves will be used.
-
-    Args:
-        saves: how many tensors the operation is about to save.
 
     Returns: or that product, where it was kept.
     """
     operations: Operations | None = getattr(_running, "operations", None)
-    return True if operations is None else operations.begins(saves)
+    return True if operations is None else operations.begins()
 
 
-def product_was_made(product: Product) -> None:
-    """Told by a fused operation after its last product, of which it saves nothing itself."""
+def product_was_made(product: Product, keepable: bool) -> None:
+    """Told after a fused operation that asked: its outputs, and whether all that its product makes are these."""
     operations: Operations | None = getattr(_running, "operations", None)
     if operations is not None:
-        operations.made(product)
+        operations.ends(product, keepable)
 
 
 def attention_begins() -> AbstractContextManager[Any]:
@@ -184,7 +185,7 @@ def reporting(operations: Operations, run: FastRun | None = None, *, again: bool
     finally:
         _running.operations, _running.run = before
     if not again:
-        operations.end()
+        operations.close()
 
 
 # ---- offloading

@@ -188,7 +188,8 @@ def layer_norm_backward(
     gradients = kernels.layer_norm_backward(
         dy, s, weight, mean, rho, bias=bias, dsum=dsum, need_dx=wants_x, need_dweight=wants_weight
     )
-    dx, dweight, dbias = (weight.new_empty(0) if each is None else each for each in gradients)
+    likes = (s, weight, weight)  # where one is not wanted, empty
+    dx, dweight, dbias = (like.new_empty(0) if x is None else x for x, like in zip(gradients, likes, strict=True))
     return dx, dweight, dbias
 
 

@@ -72,7 +72,9 @@ def project_group(x: Tensor, projections: Sequence[Projection], dropout: Dropout
     """The outputs of several projections of one x, [..., out_i] each."""
     x, projections = as_autocast(x, projections)
     static, tensors = unpacked(projections)
-    return LoRAGroup.apply(x, static, dropout, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    outputs: tuple[Tensor, ...] = LoRAGroup.apply(x, static, dropout, *tensors)  # type: ignore[no-untyped-call]
+    product_was_made(outputs, keepable=all(p.magnitude is None for p in projections))
+    return outputs
 
 
 @dataclass
@@ -109,10 +111,8 @@ class LoRAGroup(FusedFunction):
         wants_m = [ctx.needs_input_grad[3 + TENSORS * i + 4] for i in range(len(parts))]
         trains = any(ctx.needs_input_grad[3:])
         factors = factors_of(parts, rows.dtype)
-        wanted = product_is_wanted(saved_by(parts, wants_m, factors) + trains)
+        wanted = product_is_wanted()
         outputs, kept = forward_group(rows, parts, dropout, wants_m, wanted, factors=factors)
-        if not any(part.magnitude is not None for part in parts):
-            product_was_made(outputs)
         ctx.save_for_backward(rows if trains else None, *tensors, *kept.flat())
         ctx.static, ctx.dropout, ctx.shape = static, dropout, x.shape
         return tuple(h.view(*x.shape[:-1], h.shape[1]) for h in outputs)
@@ -159,7 +159,7 @@ def forward_group(
         if wanted is False:
             sizes = [part.out_features for part in parts]
             wanted = columns_of(rows.new_empty(len(rows), sum(sizes)) if out is None else out, sizes)
-        return wanted, Kept(u, none, none, none, factors)
+        return [as_rows(h) for h in wanted], Kept(u, none, none, none, factors)
     outputs = multiplied(rows, parts, out)
     gains: list[Tensor | None] = list(none)
     norms: list[Tensor | None] = list(none)
@@ -196,14 +196,6 @@ def thin_product(rows: Tensor, A: Tensor, scaling: float, dropout: Dropout | Kee
     if masks_in_products(dropout, rows):
         return library.dropped_product(rows, A, scaling, dropout.p, dropout.seed, dropout.stream)
     return rows.new_empty(len(rows), len(A)).addmm_(rows, A.T, beta=0, alpha=scaling)
-
-
-def saved_by(parts: Sequence[Part], keeps_adapted: Sequence[bool], factors: Factors | None) -> int:
-    """How many tensors a group keeps besides x: those of its projections, u, cast factors, and DoRA's."""
-    count = sum(tensor is not None for part in parts for tensor in part[:TENSORS])
-    if factors is not None:
-        count += 1 + (factors.cast and 1 + sum(B is not None for B in factors.B))
-    return count + 2 * sum(part.magnitude is not None for part in parts) + sum(keeps_adapted)
 
 
 def rescale_(

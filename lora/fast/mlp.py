@@ -25,7 +25,6 @@ from lora.fast.linear import (
     forward_group,
     input_gradient,
     part_gradients,
-    saved_by,
     upstream_of,
 )
 from lora.fast.operands import as_autocast, as_rows, back_through, factors_of
@@ -49,7 +48,9 @@ def lora_mlp(
     check_activation(activation)
     x, projections = as_autocast(x, [gate, up, down])
     static, tensors = unpacked(projections)
-    return LoRAMLP.apply(x, static, activation, dropout, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    y: Tensor = LoRAMLP.apply(x, static, activation, dropout, *tensors)  # type: ignore[no-untyped-call]
+    product_was_made((y,), keepable=down.magnitude is None)
+    return y
 
 
 class LoRAMLP(FusedFunction):
@@ -67,11 +68,8 @@ class LoRAMLP(FusedFunction):
         (g, z), above = forward_group(rows, parts[:2], dropout, wants_m[:2], factors=factors, adds=adds)
         updates = NO_UPDATES if adds else updates_of(parts[:2], above)
         h = gated_forward(g, z, activation, updates)  # [tokens, hidden]
-        saves = 3 + saved_by(parts[:2], wants_m[:2], factors) + saved_by(parts[2:], wants_m[2:], of_down)
-        wanted = product_is_wanted(saves)
+        wanted = product_is_wanted()
         (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted, factors=of_down)
-        if parts[2].magnitude is None:
-            product_was_made((y,))
         ctx.save_for_backward(rows, g, z, *tensors, *above.flat(), *below.flat())
         ctx.static, ctx.activation, ctx.dropout, ctx.shape, ctx.adds = static, activation, dropout, x.shape, adds
         return y.view(*x.shape[:-1], y.shape[1])

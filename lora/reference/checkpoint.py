@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lora.errors import LoRAError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 ATTENTION = frozenset(
     f"aten::{name}"
     for name in (
@@ -101,7 +102,8 @@ def checkpoint(
 
     Args:
         function: called once now and once for each backward; it must do the same both times. It may use parameters,
-            autocast, torch's generators and other checkpoints. It must not run a backward of its own.
+            autocast, torch's generators and other checkpoints. It must not run a backward of its own, and not be
+            compiled by itself: in a compiled model checkpointed blocks stay outside of the graphs.
         args, kwargs: tensors, or tuples, lists and dicts of them, or anything else; they need not require grad.
         offload: tensors among `args` (not parameters, not in `kwargs`) wait in host memory and return to their device
             for the backward. On the CPU they are there already, and nothing is saved. A `Traffic` is a True that
@@ -120,6 +122,15 @@ def checkpoint(
     return run_checkpointed(Run, function, args, kwargs, offload, selective)
 
 
+def outside_of_graphs(function: Function) -> Function:
+    """The function, which torch.compile is not to make part of a graph, nor what it calls.
+
+    As torch's own checkpoint does it; `torch.compiler.disable` would load the whole compiler when this file is read.
+    """
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]
+
+
+@outside_of_graphs
 def run_checkpointed(
     kind: type[Run],
     function: Callable[..., Any],
@@ -128,7 +139,10 @@ def run_checkpointed(
     offload: bool | Traffic,
     selective: bool,
 ) -> Any:
-    """The first run, under hooks that note what it saves."""
+    """The first run, under hooks that note what it saves.
+
+    Never part of a graph, nor what it calls: a graph saves what it likes, and its second run need not save the same.
+    """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     run = kind(function, args, kwargs, offload, selective)

@@ -65,10 +65,11 @@ ROPE_SIZES = {
     torch.bfloat16: [1.0, 1e-40, 3e37],
     torch.float64: [1.0, 1e-3, 1e3],
 }
-# those of a head's x and of its loss's gradient, of which a float16 logit is no larger than 65,504
+# those of a head's x and of its loss's gradient: a float16 logit is no larger than 65,504, and of logits beyond 1e12
+# float64, the truth, no longer knows which of two alike is the larger
 LOSS_SIZES = {
     torch.float16: [(1.0, 1.0), (1e-6, 1.0), (30.0, 1e-3), (1.0, 1e-6), (1.0, 1e3)],
-    torch.float32: [(1.0, 1.0), (1e-40, 1.0), (300.0, 1.0), (1e30, 1.0), (1.0, 1e-40), (1.0, 1e35)],
+    torch.float32: [(1.0, 1.0), (1e-40, 1.0), (300.0, 1.0), (1e10, 1.0), (1.0, 1e-40), (1.0, 1e35)],
     torch.float64: [(1.0, 1.0), (1.0, 1e3)],  # the squares of smaller probabilities are no numbers
 }
 LOSS_SIZES[torch.bfloat16] = LOSS_SIZES[torch.float32]
@@ -79,7 +80,7 @@ WEIGHT_SIZES = {
     torch.bfloat16: [1.0, 1e-40, 1e37],
     torch.float64: [1.0, 1e-3, 1e3],
 }
-LARGEST_HIDDEN = {torch.float16: 300.0, torch.float32: 1e30, torch.bfloat16: 1e30, torch.float64: 1.0}
+LARGEST_HIDDEN = {torch.float16: 300.0, torch.float32: 1e10, torch.bfloat16: 1e10, torch.float64: 1.0}
 OUTLIERS = [1.0, 30.0, 700.0]  # the largest hidden features of a real model are 26 to 770 times the rest
 LARGEST_X = {torch.float16: 2e3, torch.float32: 1e35, torch.bfloat16: 1e35, torch.float64: 1e6}
 

@@ -298,3 +298,13 @@ def test_tiles_fit_the_shape() -> None:
     assert tile_for(64, 4096, torch.float16, "sm_90") == Tile(64, 32, 128, 4, 4)
     assert tile_for(8192, 4096, torch.float16, "sm_90", masked=True) == gemm.WIDE_TILES["sm_90"][1]
     assert tile_for(8192, 4096, torch.float32, "gfx942") == gemm.WIDE_TILES_FLOAT32[0]
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 0), (0, 8, 3), (5, 0, 3)])
+def test_thin_products_of_nothing(shape, device):
+    """No rank, no tokens, no features: what PyTorch gives, zeros or nothing, with a mask too."""
+    tokens, features, r = shape
+    x, A, du = (torch.randn(*size, device=device) for size in ((tokens, features), (r, features), (tokens, r)))
+    for dropout in (None, Dropout(0.3, 7)):
+        assert torch.equal(skinny_gemm(x, A, dropout), x @ A.T)
+        assert torch.equal(lora_A_gradient(du, x, dropout), du.T @ x)

@@ -67,6 +67,7 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
             (x, y, weight, None, rho, rho + 1, None, True, False),
             (x, y, weight, weight + 1, rho, rho + 1, z, True, True),
             (x, y, weight, weight + 1, rho, rho + 1, None, False, False),
+            (x.bfloat16(), y.bfloat16(), weight, None, rho, rho + 1, None, False, True),
         ],
         "rope_rotate": [
             (heads, heads[:, :1] + 1, angles.cos(), angles.sin(), None, False, False),

@@ -35,11 +35,11 @@ def dropout_add_product(dx: Tensor, u: Tensor, factor: Tensor, p: float, seed: i
 
     Returns: dx.
     Raises: LoRAError for p outside [0, 1), operands that do not fit, or a dx that cannot be written in place.
-    FLOPs: 2·tokens·r·features. Moved: dx read and written, u once for each 128 features; the factor from L2.
+    FLOPs: 2·tokens·r·features. Moved: dx read and written, u once for each 64 features; the factor from L2.
     """
     drop, (r, features) = threshold(p), factor.shape
-    found = [(list(t.shape), t.dtype) for t in (u, factor)]
-    expected = [([*dx.shape[:-1], r], dx.dtype), ([r, dx.shape[-1]], dx.dtype)]
+    found = [(list(t.shape), t.dtype, t.device) for t in (u, factor)]
+    expected = [([*dx.shape[:-1], r], dx.dtype, dx.device), ([r, dx.shape[-1]], dx.dtype, dx.device)]
     if found != expected or dx.dtype not in DTYPES:
         raise LoRAError(
             f"u and factor are {found}, expected {expected} to fit dx, {list(dx.shape)}, of float32, float16 or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lora.errors import LoRAError
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., features] as [tokens, features] with neighbouring features side by side; copied only if it must be."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

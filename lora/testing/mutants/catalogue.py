@@ -92,7 +92,6 @@ FAST = "lora.fast."
 OFFSET_PROOF = "tests/compile/test_offsets.py::test_no_offset_is_multiplied_in_32_bits[{}]"
 EVERY = 60  # of a function's generated mistakes one is tried, at least one a function
 BY_OTHERS = {  # functions that other proofs than their module's stand for
-    "linear:saved_by": plain("linear", "checkpoint"),
     "linear:LoRAGroup.forward": plain("linear", "linear", "qkv", "checkpoint"),
     "mlp:LoRAMLP.forward": plain("mlp", "mlp", "checkpoint"),
 }

@@ -10,12 +10,6 @@ EQUIVALENT: dict[str, str] = {
     "((None, (None,) * len(self.gains)))": COST + "Without the kept casts the backward casts the adapters again.",
     "linear:Kept.of: factors_of(parts, dtype) if A is None else Factors(A, B, True) → (factors_of(parts, dtype))": COST
     + "The adapters are cast again instead of taken from what was kept.",
-    "linear:saved_by: 1 + (factors.cast and 1 + sum(B is not None for B in factors.B)) → ((1) - (factors.cast and 1 + "
-    "sum(B is not None for B in factors.B)))": COST
-    + "With too small a count a checkpoint's second run believes that something follows, and makes the last product.",
-    "linear:LoRAGroup.forward: saved_by(parts, wants_m, factors) + trains → ((saved_by(parts, wants_m, factors)) - "
-    "(trains))": COST
-    + "With too small a count a checkpoint's second run believes that something follows, and makes the last product.",
     "operands:multiplied: rows.new_empty(len(rows), sum(sizes)) if out is None else out → (rows.new_empty(len(rows), "
     "sum(sizes)))": COST + "The products are written to fresh memory instead of the buffer that may be used.",
     "operands:columns_of_one: first.stride(0) < width → (first.stride(0) <= width)": COST

@@ -261,11 +261,14 @@ WRITTEN: dict[str, list[Text]] = {
     ],
     "checkpoint": [
         ("a product that is wanted is left out", "if not self.is_read():\n            return False", "if True:\n            return False"),
-        ("the operation before last is taken for the last", "if self.position < len(self.begun):", "if self.position < len(self.begun) - 1:"),
+        ("the operation before last is taken for the last", "if self.position < self.count:", "if self.position < self.count - 1:"),
+        ("what an operation saves itself counts as read after it", "self.before = len(self.saved)", "self.before = len(self.saved) - 1"),
         ("a run inside another is not put back", "        _running.operations, _running.run = before\n", "        pass\n"),
         ("the second run starts counting too late", "run, 0 if again else None", "run, 9 if again else None"),
-        ("an operation's product is kept for the one after it", "            self.last = None\n            return True", "            return True"),
-        ("the first run's last product is kept although nothing reads it", "if self.last is not None and not self.is_read():", "if False:"),
+        ("the first run's last product is kept although nothing reads it", "        if not self.is_read():\n            self.last = None",
+         "        pass"),
+        ("an operation's product is kept for the one after it", "self.count, self.last = self.count + 1, None", "self.count += 1"),
+        ("a product is kept that may be changed in place", " and all(y.requires_grad for y in product)", ""),
     ],
 }  # fmt: skip
 
