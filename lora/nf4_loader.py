@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import dispatch
 from lora.errors import LoRAError
+from lora.layers import is_conv1d
 from lora.nf4_format import ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, STATE, from_checkpoint
 from lora.nf4_layer import NF4Linear
 from lora.projection import NF4Weight
@@ -211,6 +212,11 @@ def _check_fits(model: Any, name: str, shape: tuple[int, ...]) -> None:
     """Raises LoRAError unless the model has a linear layer of this weight shape at `name`."""
     layer = model.get_submodule(name.removesuffix(".weight"))
     expected = tuple(layer.weight.shape)
+    if is_conv1d(layer) and shape == expected[::-1]:
+        raise LoRAError(
+            f"{name} is 4-bit, of a {type(layer).__name__}, which only linear layers may be here: load the checkpoint "
+            "that is not quantised. QLoRA of this architecture is not supported."
+        )
     if type(layer) is not nn.Linear or shape != expected:
         raise LoRAError(
             f"{name} is {shape}, expected {expected} of a {type(layer).__name__}. The files are not of one checkpoint: "

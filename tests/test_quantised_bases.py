@@ -118,6 +118,14 @@ def test_what_bitsandbytes_saved_of_any_family_is_read(family, dtype, tmp_path):
         assert float(difference.norm()) <= math.sqrt(14) * 2.0**-8 * float(expected.norm())
 
 
+def test_what_bitsandbytes_saved_of_gpt2_is_refused_by_its_reason(tmp_path):
+    """transformers quantises its Conv1D too, transposed; here only linear layers are."""
+    path = save(dense("gpt2", torch.float32), tmp_path / "dense")
+    theirs = from_pretrained(path, quantization_config=bnb_config(), dtype=torch.float32)
+    with pytest.raises(lora.LoRAError, match=r"c_attn\.weight is 4-bit, of a Conv1D"):
+        lora.load(save(theirs, tmp_path / "bnb"))
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @every_family
 def test_bitsandbytes_reads_what_we_save_of_any_family(family, double_quant, tmp_path):

@@ -301,7 +301,7 @@ def is_even(matrix: Tensor) -> bool:
 def tile_for(M: int, N: int, dtype: torch.dtype, arch: str, masked: bool = False) -> Tile:
     """The largest tile that still makes a program for each multiprocessor, else the smallest.
 
-    Beside a dropout mask in registers, an accumulator of 128 x 256 leaves too few: Triton 3.6 spills.
+    Beside a dropout mask in registers, an accumulator of 128 x 256 leaves too few: it spills.
     """
     tiles = WIDE_TILES_FLOAT32 if dtype == torch.float32 else WIDE_TILES[arch]
     tiles = tuple(t for t in tiles if not (masked and t.BLOCK_M * t.BLOCK_N > 128 * 128))
