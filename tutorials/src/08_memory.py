@@ -116,8 +116,8 @@ assert at_most["fast"][-1] / at_most["fast"][-2] < 1.1  # does not: a chunk's si
 # either form. A product's forward is one matrix product, its $dx$ another, its $dW$ a third: so a third more
 # arithmetic in full training, and half as much again where the weights are frozen and have no $dW$. With segments,
 # the least is at $k = \sqrt{n i / a}$ (Chen et al. 2016: memory like $\sqrt n$). In a transformer $a$ is many times
-# $i$ (we shall measure 19), and $k = 1$ keeps less than $k = 2$ as long as $n < 2a/i$, here up to 38 blocks; SmolLM2
-# has 30.
+# $i$ (we shall measure 18.9), and $k = 1$ keeps less than $k = 2$ as long as $n < 2a/i$, here up to 37 blocks;
+# SmolLM2 has 30.
 #
 # What really is in memory at most is a little more: the working memory of the one block that runs, and the gradient
 # that goes back.
@@ -148,7 +148,7 @@ def chain(blocks, x, segment: int | None):
 
 
 def chain_of(n: int, frozen: bool = True) -> tuple[list[Block], torch.Tensor]:
-    """N blocks, and an input for them."""
+    """That many blocks, n, and an input for them."""
     torch.manual_seed(0)
     blocks = [Block().requires_grad_(not frozen) for _ in range(n)]
     return blocks, torch.randn(512, 64, requires_grad=True)
@@ -315,13 +315,13 @@ finish(ax, f"kept between forward and backward, {BLOCKS} blocks, {batch.ids.nume
 for mode in MODES:
     print(f"{mode:<10} keeps {kept[mode]:6.2f} MiB, and runs {again[mode]:.1%} of the blocks' arithmetic again")
 print(f"offload on a GPU would keep {kept['offload, predicted']:.2f} MiB, by the trace: what all blocks share")
-print(f"a block saves {inner.saved / inner.input:.0f} times its input, attention's output is "
-      f"{inner.attention / inner.input:.2f} inputs")  # fmt: skip
+print(f"a block saves {inner.saved / inner.input:.1f} times its input, attention's output is "
+      f"{inner.selective / inner.input:.2f} inputs")  # fmt: skip
 assert kept["none"] > 5 * kept["selective"]
 assert kept["selective"] > 1.5 * kept["recompute"] > 3 * kept["offload, predicted"]
 assert again["none"] == 0 and again["recompute"] == 1
 assert abs(again["selective"] - (1 - inner.attention_arithmetic / inner.arithmetic)) < 1e-9
-assert inner.saved > 10 * inner.input and inner.attention < 1.1 * inner.input
+assert inner.saved > 10 * inner.input and inner.selective < 1.1 * inner.input
 assert found.blocks[0].input == 0
 shared = inner.bound  # by piece of memory: its bytes
 assert (
@@ -421,7 +421,7 @@ extra = [solution.cost[0] / forward for solution in solutions]
 
 left, right = axes(2)
 left.step([b / 2**20 for b in budgets], extra, where="post")
-finish(left, "what a budget costs", "budget, MiB", "of the forward again")
+finish(left, "what a budget costs", "budget, MiB", "share of the forward run again")
 numbers = {"recompute": 0, "selective": 1, "none": 2}
 shades = dict(zip(numbers, plt.get_cmap("Blues")([0.0, 0.5, 1.0]), strict=True))
 right.imshow([[shades[mode] for mode in s.modes] for s in solutions], aspect="auto", origin="lower")
@@ -439,12 +439,13 @@ assert all(a >= b for a, b in itertools.pairwise(extra))  # a larger budget neve
 assert extra[-1] == 0 and extra[0] == 1
 
 # %% [markdown]
-# Read the right picture from the bottom: each row is the plan of one budget. Among blocks 1 to 5 those with low
-# numbers save memory, and those with high numbers keep everything. Block 0 keeps everything before any other does,
-# against that order. Why either?
+# Read the right picture from the bottom: each row is the plan of one budget. Of blocks 1 to 5, none keeps less than
+# the one before it, in any row. About half of the picture is `selective`: a block first keeps attention's output,
+# which is small, then everything. Block 0 keeps everything before any other does, against that order. Why either?
 #
 # The peak of all 729 plans is at the loss, where all blocks hold what they keep. There a block's place does not matter,
-# only how much all keep together: prediction 4, any three equal blocks do. (Were the loss to take no memory, the
+# only how much all keep together: prediction 4, any three equal blocks do. The cell below prints it for all ten
+# choices of three among blocks 1 to 5, which are equal: each needs the same bytes. (Were the loss to take no memory, the
 # leanest plan's peak would be in the last block's backward, with all that the others keep still there.) Of plans with
 # the same cost and the same bytes, the search takes the one that has less in memory on the way, and that is the one
 # that keeps late.
@@ -462,8 +463,14 @@ for modes, (need, _) in plans.items():
 lossless = Problem(replace(found, loss_working=0), MODES)
 before_last = sum(choices["recompute"].kept for choices in problem.choices[:-1])
 assert lossless.leanest()[0] == problem.constant + before_last + problem.choices[-1]["recompute"].running
-alike = {need_of(("none", *order)) for order in itertools.permutations(("none", "none", *["recompute"] * 3))}
-assert len(alike) == 1  # of the equal blocks 1 to 5, any two that keep need the same
+three = {
+    keeping: need_of(["none" if i in keeping else "recompute" for i in range(BLOCKS)])
+    for keeping in itertools.combinations(range(1, BLOCKS), 3)
+}
+for keeping in ((1, 2, 3), (1, 3, 5), (3, 4, 5)):
+    print(f"blocks {keeping} keep everything, the others run again: {three[keeping]:,} bytes")
+print(f"all {len(three)} choices of three: {sorted(set(three.values()))} bytes")
+assert len(set(three.values())) == 1  # prediction 4
 assert all(problem.choices[i] == problem.choices[1] for i in range(2, BLOCKS))
 assert all(list(s.modes[1:]) == sorted(s.modes[1:], key=numbers.get) for s in solutions)
 
@@ -510,10 +517,10 @@ assert between == plan.kept + loss.nbytes and ledger.most <= plan.peak
 # %% [markdown]
 # It does, to the byte (and the loss's 4), and stays below the peak that was promised.
 #
-# **The answer.** The bar is what the blocks save, here 19 times a block's input each, and the logits. The logits can
-# be left out at no cost in arithmetic. Of the blocks one can keep the inputs alone, here 2.95 MiB instead of 65.22,
-# and the price is one more forward of the blocks. Between the two, attention's outputs are worth keeping where
-# sequences are long, and a plan says which blocks may keep everything.
+# **The answer.** The bar is what the blocks save, here about 19 times a block's input each, and the logits. The
+# logits can be left out at no cost in arithmetic. Of the blocks one can keep the inputs alone, here 2.95 MiB instead
+# of 65.22, and the price is one more forward of the blocks. Between the two, attention's outputs are worth keeping
+# where sequences are long, and a plan says which blocks may keep everything.
 #
 # ## Exercises
 #
