@@ -440,12 +440,13 @@ assert extra[-1] == 0 and extra[0] == 1
 
 # %% [markdown]
 # Read the right picture from the bottom: each row is the plan of one budget. Of blocks 1 to 5, none keeps less than
-# the one before it, in any row. About half of the picture is `selective`: a block first keeps attention's output,
-# which is small, then everything. Block 0 keeps everything before any other does, against that order. Why either?
+# the one before it, in any row. About half of the picture is `selective`: what a budget has left, too little for
+# one more block to keep everything, goes to attention's outputs. Block 0 keeps everything before any other does,
+# against that order. Why either?
 #
 # The peak of all 729 plans is at the loss, where all blocks hold what they keep. There a block's place does not matter,
-# only how much all keep together: prediction 4, any three equal blocks do. The cell below prints it for all ten
-# choices of three among blocks 1 to 5, which are equal: each needs the same bytes. (Were the loss to take no memory, the
+# only how much all keep together: prediction 4, any three equal blocks do. The cell below tries all ten choices
+# of three among blocks 1 to 5, which are equal: each needs the same bytes. (Were the loss to take no memory, the
 # leanest plan's peak would be in the last block's backward, with all that the others keep still there.) Of plans with
 # the same cost and the same bytes, the search takes the one that has less in memory on the way, and that is the one
 # that keeps late.
