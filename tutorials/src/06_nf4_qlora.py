@@ -66,7 +66,8 @@ codes = normal_codes(P)
 assert len(codes) == 16 and 0.0 in codes
 assert_close(codes, NF4_CODES.double(), "the codebook against the project's (and bitsandbytes')", atol=1e-6)
 steps = NF4_CODES.diff()
-print(f"from code to code: {steps.min():.3f} near zero, {steps.max():.3f} at the end")  # not even
+print(f"from code to code: {steps.min():.3f} near zero, {steps[-1]:.3f} at the positive end, "
+      f"{steps[0]:.3f} at the negative one")  # fmt: skip
 assert steps.max() > 3 * steps.min()
 
 # %% [markdown]
@@ -129,7 +130,7 @@ left, right = axes(2, width=5.0)
 for shift, (name, share) in zip((-0.2, 0.2), used.items(), strict=True):
     left.bar(torch.arange(16) + shift, share, 0.4, label=name)
 left.axhline(1 / 16, color=COLOURS[5], lw=1, ls="--", label="1/16, all equal")
-finish(left, "how often each code is used, normal weights", "code", "share", legend=True)
+finish(left, "how often each code is used, normal weights", "index of the code", "share", legend=True)
 rows = torch.arange(len(errors))
 right.barh(rows - 0.2, [e[0] for e in errors.values()], 0.4, label="NF4")
 right.barh(rows + 0.2, [e[1] for e in errors.values()], 0.4, label="evenly spaced")
@@ -166,7 +167,8 @@ tried, carried = {}, {}
 for p in (0.9, 0.93, P, 0.98, 0.99):
     other = normal_codes(p).float()
     tried[p], carried[p] = relative_error(samples["normal"], other), information(shares(samples["normal"], other))
-    print(f"p = {p:.4f}: {carried[p]:.2f} bits in an index, error {tried[p]:.4f}, last gap {other[-1] - other[-2]:.2f}")
+    print(f"p = {p:.4f}: {carried[p]:.2f} bits in an index, error {tried[p]:.4f}, "
+          f"gap at the positive end {other[-1] - other[-2]:.2f}")  # fmt: skip
 assert min(tried, key=tried.get) == 0.93 and tried[P] < 1.03 * tried[0.93]  # not the best, and within 3% of it
 assert list(carried.values()) == sorted(carried.values())  # the larger p, the more information
 
@@ -197,9 +199,17 @@ assert NF4_CODES[7] == 0 and zeros > 50
 #
 # ## What the scales cost: double quantisation
 #
-# One float32 for each 64 weights is $32/64 = 0.5$ bits a weight (prediction 2). A second level, *nested* in the code,
-# does the same to absmax once more: less the mean of all, over the largest of its block of 256, as one of 256 codes,
-# 8 bits: $8/64 + 32/(64 \cdot 256) = 0.127$ bits. Smaller blocks adapt better and cost more. The frontier:
+# One float32 for each 64 weights is $32/64 = 0.5$ bits a weight (prediction 2). *Double quantisation* quantises these
+# scales too. Let $a_k$ be the absmax of block $k$, and $m$ the mean of all $a_k$. Take groups of 256 neighbouring
+# $a_k$, and let $b_g$ be the largest $|a_k - m|$ in group $g$. What is stored for a block is an index of 8 bits:
+#
+# $$j_k = \arg\min_j \left|\frac{a_k - m}{b_g} - d_j\right|, \qquad a_k' = m + b_g\, d_{j_k} .$$
+#
+# The $d_j$ are 256 fixed values (`DYNAMIC_CODES` in `lora/nf4_format.py`), a table from $-0.993$ to 1 that is denser
+# near zero. $m$ and the $b_g$ stay in float32. In the code, and in the picture's cell, this second level is called
+# *nested*: a quantised tensor whose scales are a quantised tensor. It costs $8/64 + 32/(64 \cdot 256) = 0.127$ bits a
+# weight instead of 0.5 ($m$ is one number for the whole matrix). Smaller blocks adapt better and cost more. The
+# frontier:
 
 # %%
 matrix = torch.randn(1024, 1024)
