@@ -91,6 +91,10 @@ assert plain == sorted(plain, reverse=True)  # prediction 1: less, at each rank
 # **Answer 1**: less, to first order. From $r = 4$ to $256$ the rank grows 64 times, and $\lVert dB\rVert^2$, which a
 # small step's decrease is in proportion to, falls to 0.017 of what it was, about 1/64. No step was taken here.
 #
+# At $r = 1$ both curves lie below the derived lines, by about half. The derivation speaks of the mean over many $A$,
+# and each point here is one draw. With one row a draw may meet the gradient well or badly, as the scatter in
+# [notebook 2](02_twenty_lines.ipynb)'s last picture shows; with many rows it averages out.
+#
 # ## Under Adam
 #
 # Twelve steps of AdamW for each choice, all with the same learning rate and the same data in the same order.
@@ -248,7 +252,8 @@ assert apart_at_best < 0.35 * apart_at_one
 # %% [markdown]
 # **Answer 3.** At 5e-4 LoRA+ is lowest, PiSSA and OLoRA follow within 0.07, and LoRA is last, 0.29 behind. Each at the
 # best of its rates, all five lie within 0.09 of each other, and LoRA is 0.03 behind LoRA+. LoRA and DoRA gained from a
-# larger rate, the other three hardly. So here most of the difference *was* the learning rate. Which method is ahead by
+# larger rate, the other three hardly. (The label at the top of the picture, LoRA+: 4.09, is its loss at the rate 0.008,
+# a point far above the frame.) So here most of the difference *was* the learning rate. Which method is ahead by
 # what is left, this experiment cannot say: twelve steps, one order of the data, three rates or two, chosen on the same
 # 16 held-out pairs that the losses are reported on. And for two of the five methods the best rate is the smallest or
 # the largest tried, so their own best may lie outside. Tune each method by itself before you believe a bar chart, the
