@@ -217,7 +217,7 @@ left.plot(grad_B, "s-", color=COLOURS[1], label="‖dB‖")
 finish(left, "gradients", "step", "Frobenius norm, all layers", legend=True)
 right.plot(moved_A, "o-", color=COLOURS[0], label="‖A − A₀‖")
 right.plot(moved_B, "s-", color=COLOURS[1], label="‖B‖")
-finish(right, "how far the factors have moved", "step", legend=True)
+finish(right, "how far the factors have moved", "step", "Frobenius norm, all layers", legend=True)
 
 by_B = (losses[0] - losses_fixed[-1]) / (losses[0] - losses[-1])
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, with A frozen {losses_fixed[-1]:.3f}: {by_B:.0%} of the decrease")
@@ -289,6 +289,9 @@ assert spread["real G"] > spread["random G"]
 assert (orthogonal / random)[:5].max() < 1.03 and (orthogonal / random)[-1] > 1.4  # alike up to r = 16, not at 576
 
 # %% [markdown]
+# Each small point is one draw. All are drawn at the ten ranks; the points of the random $G$ are set a little to the
+# left of theirs and those of the real $G$ a little to the right, so that they do not lie on each other.
+#
 # For small ranks the two curves agree. For large ones the rows of a random $A$ overlap: $A^\top A$ stretches some
 # directions more than others. Its eigenvalues have mean $r$ and variance $r\cdot\text{in}$ over the `in` directions
 # (in units of one entry's variance, Marchenko and Pastur), and mean² / (mean² + variance) is the $r/(r + \text{in})$
