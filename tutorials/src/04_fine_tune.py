@@ -155,8 +155,10 @@ assert half.ids.numel() < data[0].ids.numel() and of_half < 0.8 * table["LoRA"][
 #
 # ## Train it
 #
-# Twelve steps of four examples each, and each example once. One batch's loss differs more from the next one's than a
-# step changes it, so the plot shows each step's loss beside the base model's on the same batch.
+# Twelve steps of four examples each, and each example once. One batch's loss often differs more from the next
+# one's than a step changes it, so the plot shows each step's loss beside the base model's on the same batch.
+# Below it are three held-out signatures with the model's answers before and after. Answers are cut at 20 tokens, so
+# the long ones end in the middle of a sentence.
 
 # %%
 with lora.disable_adapters(model):
