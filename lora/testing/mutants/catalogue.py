@@ -92,6 +92,10 @@ FAST = "lora.fast."
 OFFSET_PROOF = "tests/compile/test_offsets.py::test_no_offset_is_multiplied_in_32_bits[{}]"
 EVERY = 60  # of a function's generated mistakes one is tried, at least one a function
 BY_OTHERS = {  # functions that other proofs than their module's stand for
+    "linear:project_group": CHECKPOINT._replace(
+        operation="linear", proofs=(PROOF.format("linear"), PROOF.format("qkv"), *CHECKPOINT.proofs)
+    ),
+    "mlp:lora_mlp": CHECKPOINT._replace(operation="mlp", proofs=(PROOF.format("mlp"), *CHECKPOINT.proofs)),
     "linear:LoRAGroup.forward": plain("linear", "linear", "qkv", "checkpoint"),
     "mlp:LoRAMLP.forward": plain("mlp", "mlp", "checkpoint"),
 }
