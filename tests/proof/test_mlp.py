@@ -138,9 +138,9 @@ def test_it_is_its_three_layers_and_an_activation(device, backend, case):
 @examples(12)
 @given(case=tidy.map(plain_down))
 def test_up_and_down_share_a_factor_of_two(device, backend, case):
-    """Twice up is twice y; half of down makes that up again: every bit."""
+    """Twice up is twice y; half of down makes that up again: every bit, where no slope is subnormal."""
     layers = tuple(replace(layer, nf4=False) for layer in case.layers)
-    run = Run(changed(case, layers=layers, stacked=False), backend, device)
+    run = Run(changed(case, layers=layers, stacked=False, outliers=1.0), backend, device)
 
     def times(name: str, factor: float) -> dict:
         p = run.arguments[name]
