@@ -267,7 +267,9 @@ def add_peft_with_liger(
 
 def forms(session: Session, tokens: int, fan_in: int, fan_out: int) -> Case:
     """The forward of decision 5 in its forms, each given the thin product u."""
-    built = linear_forms.cases(tokens, fan_in, fan_out, session.shapes.r, BF16, session.device.type)
+    built = linear_forms.cases(
+        linear_forms.Operands.draw(tokens, fan_in, fan_out, session.shapes.r, BF16, session.device.type)
+    )
     truth, ways = built["h"]
     variants = {
         name: Variant(lambda way=way: (way(),), compare=name != "frozen alone")  # type: ignore[misc]
