@@ -82,14 +82,26 @@ def wide(columns: int) -> torch.Tensor:
     return torch.randn(WIDE // columns + 1, columns, dtype=torch.bfloat16, device="cuda")
 
 
+def signs(*shape: int) -> torch.Tensor:
+    """Numbers of which any sum below 2**24 is exact, in any order: what is found can be asked for in every bit."""
+    return torch.randint(0, 2, shape, dtype=torch.bfloat16, device="cuda").mul_(2).sub_(1)
+
+
+def only_at_the_end(thin: torch.Tensor) -> torch.Tensor:
+    """Zeros in all rows but the last three, so that a sum over rows is theirs alone."""
+    thin[:-3] = 0
+    return thin
+
+
 @large_gpu("norms")
-def test_norms_beyond_two_to_the_31():
+@pytest.mark.parametrize("norm", [fast.rms_norm, fast.layer_norm])
+def test_norms_beyond_two_to_the_31(norm):
     x, weight = wide(4096), torch.randn(4096, dtype=torch.bfloat16, device="cuda")
     end = x[-3:].clone().requires_grad_()
-    y = fast.rms_norm(end, weight)
-    assert_same_bits(fast.rms_norm(x, weight)[-3:], y.detach(), "y")
+    y = norm(end, weight)
+    assert_same_bits(norm(x, weight)[-3:], y.detach(), "y")
     (dx,) = torch.autograd.grad(y, end, end.detach())
-    (found,) = torch.autograd.grad(fast.rms_norm(x.requires_grad_(), weight), x, x.detach())
+    (found,) = torch.autograd.grad(norm(x.requires_grad_(), weight), x, x.detach())
     assert_same_bits(found[-3:], dx, "dx")
 
 
@@ -129,15 +141,78 @@ def test_dropout_beyond_two_to_the_31():
     assert_same_bits(found, expected, "D(x)")
 
 
+@large_gpu("products that make their masks")
+def test_masked_products_beyond_two_to_the_31():
+    from lora.fast.dropout import apply_dropout
+    from lora.fast.kernels.add_product import dropout_add_product
+    from lora.fast.kernels.gemm import lora_A_gradient, skinny_gemm
+
+    tokens, dropout = WIDE // 4096 + 1, Dropout(0.5, 2**40 + 3)
+    x, A, du = signs(tokens, 4096), signs(16, 4096), only_at_the_end(signs(tokens, 16))
+    kept = apply_dropout(x, dropout)[-3:].double()  # which the test above holds against the definition
+    assert_same_bits(skinny_gemm(x, A, dropout)[-3:], (kept @ A.T.double()).bfloat16(), "u")
+    assert_same_bits(lora_A_gradient(du, x, dropout), (du[-3:].T.double() @ kept).float(), "dA")
+    mask = kept * x[-3:].double()  # 0 or 2
+    expected = x[-3:].double() + mask * (du[-3:].double() @ A.double())
+    assert_same_bits(dropout_add_product(x, du, A, dropout.p, dropout.seed)[-3:], expected.bfloat16(), "dx")
+
+
+@large_gpu("products")
+def test_products_beyond_two_to_the_31():
+    from lora.fast.kernels.gemm import lora_B_gradient, lora_gemm, lora_gemm_dx
+
+    tokens = WIDE // 4096 + 1
+    x, weight, B, u = signs(tokens, 4096), signs(64, 4096), signs(64, 16), only_at_the_end(signs(tokens, 16))
+    expected = x[-3:].double() @ weight.T.double() + u[-3:].double() @ B.T.double()
+    assert_same_bits(lora_gemm(x, weight, u, B)[-3:], expected.bfloat16(), "h")
+    assert_same_bits(lora_B_gradient(x, u), (x[-3:].T.double() @ u[-3:].double()).float(), "dB")
+    dy, A = signs(tokens, 64), signs(16, 4096)
+    expected = dy[-3:].double() @ weight.double() + u[-3:].double() @ A.double()
+    assert_same_bits(lora_gemm_dx(dy, weight, u, A)[-3:], expected.bfloat16(), "dx")
+
+
+@large_gpu("products of many adapters")
+def test_many_adapters_beyond_two_to_the_31():
+    from lora.fast.kernels.multi_lora import (
+        group_tokens,
+        multi_lora_A_gradient,
+        multi_lora_B_gradient,
+        multi_lora_expand_,
+        multi_lora_shrink,
+    )
+
+    tokens = WIDE // 4096 + 1
+    x, A, B, u = signs(tokens, 4096), signs(2, 16, 4096), signs(2, 4096, 16), only_at_the_end(signs(tokens, 16))
+    index = torch.zeros(tokens, dtype=torch.long, device="cuda")
+    index[-2:] = 1  # of the last three tokens one is adapter 0's
+    groups = group_tokens(index, 2)
+    which, end, thin = index[-3:], x[-3:].double(), u[-3:].double()
+    found = multi_lora_shrink(x, A, torch.ones(2, device="cuda"), groups)
+    assert_same_bits(found[-3:], torch.einsum("ti,tri->tr", end, A.double()[which]).bfloat16(), "u")
+    owned = torch.nn.functional.one_hot(which, 2).double()  # [3, adapters]
+    dA = torch.einsum("tj,tr,ti->jri", owned, thin, end).float()
+    assert_same_bits(multi_lora_A_gradient(u, x, groups), dA, "dA")
+    assert_same_bits(multi_lora_B_gradient(x, u, groups), dA.transpose(1, 2).contiguous(), "dB")
+    expected = end + torch.einsum("tr,tor->to", thin, B.double()[which])
+    assert_same_bits(multi_lora_expand_(x, u, B, groups)[-3:], expected.bfloat16(), "h")
+
+
+@large_gpu("DoRA's row norms")
+def test_dora_norms_beyond_two_to_the_31():
+    from lora.fast.kernels.dora import dora_norm
+
+    weight, A, B = signs(WIDE // 4096 + 1, 4096), signs(16, 4096), signs(WIDE // 4096 + 1, 16)
+    end = dora_norm(weight[-3:].clone(), A, B[-3:].clone(), 1.0)
+    assert_same_bits(dora_norm(weight, A, B, 1.0)[-3:], end, "norms")
+
+
 @large_gpu("NF4")
 def test_nf4_beyond_two_to_the_31():
-    rows = WIDE // 4096 + 1
     part = torch.randn(8, 4096, device="cuda").bfloat16()
     quantised = fast.nf4_quantize(part, double_quant=False)
-    copies = -(-rows // 8)
-    many = quantised._replace(
-        codes=quantised.codes.repeat(copies), absmax=quantised.absmax.repeat(copies), shape=(8 * copies, 4096)
-    )
+    many = fast.nf4_quantize(part.repeat(WIDE // part.numel() + 1, 1), double_quant=False)
+    assert_same_bits(many.codes[-len(quantised.codes) :], quantised.codes, "codes")
+    assert_same_bits(many.absmax[-len(quantised.absmax) :], quantised.absmax, "absmax")
     assert_same_bits(fast.nf4_dequantize(many)[-8:], fast.nf4_dequantize(quantised), "the last rows")
 
 
