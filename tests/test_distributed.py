@@ -64,7 +64,8 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path: Path) -> None:
 
 def check_verbs(found: dict[str, Any]) -> None:
     """What else a sharded model does: it is saved as the whole one is, once; and what it cannot do, it says."""
-    assert found["saved"] == dict.fromkeys(("plain", "pissa", "dora", "copy", "nf4"), "the same")
+    kinds = ("plain", "pissa", "dora", "copy", "nf4", "plain by the plugin", "nf4 by the plugin")
+    assert found["saved"] == dict.fromkeys(kinds, "the same")
     assert found["written by"] == {"0": True, "1": False}
     for verb in ("merge", "add_adapter", "load_adapter", "shard", "inject"):
         wrong = (
@@ -75,6 +76,7 @@ def check_verbs(found: dict[str, Any]) -> None:
     assert "a tensor is a DTensor: gather it" in found["operation"]
     assert "torch.float64 and torch.float32" in found["dtypes"] or "torch.float32 and torch.float64" in found["dtypes"]
     assert "give them as blocks=" in found["blocks"]
+    assert re.search(r"weight is sharded .* cpu_ram_efficient_loading .* set it to False", found["plugin's reloading"])
     assert found["fused"] == ["the same", "the same"]
     assert found["policy"] == {"bytes": True, "trained": "torch.bfloat16", "loss": pytest.approx(0, abs=2**-6)}
 
