@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +22,15 @@ import torch
 from safetensors.torch import load_file
 from several.cases import LABELS, MAX_NORM, every_case
 from several.runs import STEPS, Runs
+from tiny_text import save_tiny_model
 
+import lora
 from lora.errors import LoRAError
 from lora.train.config import TrainConfig
 from lora.train.data import IGNORED, NOTHING, RankBatches, SeededOrder, WithNothing
 from lora.train.manifest import changes
 from lora.train.progress import read_metrics
+from lora.train.quiet import quiet
 from lora.train.world import World
 
 HERE = Path(__file__).parent
@@ -76,7 +80,7 @@ def check_verbs(found: dict[str, Any]) -> None:
     assert "a tensor is a DTensor: gather it" in found["operation"]
     assert "torch.float64 and torch.float32" in found["dtypes"] or "torch.float32 and torch.float64" in found["dtypes"]
     assert "give them as blocks=" in found["blocks"]
-    assert re.search(r"weight is sharded .* cpu_ram_efficient_loading .* set it to False", found["plugin's reloading"])
+    assert re.search(r"weight is sharded .* cpu_ram_efficient_loading .*set it to False", found["plugin's reloading"])
     assert found["fused"] == ["the same", "the same"]
     assert found["policy"] == {"bytes": True, "trained": "torch.bfloat16", "loss": pytest.approx(0, abs=2**-6)}
 
@@ -102,6 +106,36 @@ def test_other_people_s_loops_on_two_processes_train_what_one_does(tmp_path: Pat
     for one in found:
         assert one["from one"] <= LOSSES and one["from each other"] == 0, one
         assert one["moved"] > 1e-2, one
+
+
+def test_accelerate_launch_runs_a_user_s_script(tmp_path: Path) -> None:
+    """The command itself, and a script that knows no test, beside the script in this process alone."""
+    import accelerate
+    from several import users_script
+
+    with quiet():
+        model = str(save_tiny_model(tmp_path / "model"))
+    with lora.use_backend("fast"):
+        users_script.main(model, tmp_path / "one")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    launcher = Path(sysconfig.get_path("scripts")) / "accelerate"
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    words = [launcher, "launch", *options.split(), "--main_process_port", "0"]
+    words += [HERE / "several" / "users_script.py", model, tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "LORA_BACKEND": "fast"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [(tmp_path / name / "processes").read_text() for name in ("one", "two")] == ["1", "2"]
+    start = adapter_in(tmp_path / "one" / "start")
+    for part in ("start", "loop", "trainer"):
+        one, other = (adapter_in(tmp_path / name / part) for name in ("one", "two"))
+        assert float((one - other).norm() / one.norm()) <= LOSSES
+        assert part == "start" or float((one - start).norm() / start.norm()) > 1e-2
+
+
+def adapter_in(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------
@@ -253,6 +287,29 @@ def test_one_process_agrees_with_itself() -> None:
 def test_a_launcher_that_wants_another_way_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true" if name.endswith("SPEED") else "bf16")
     with pytest.raises(LoRAError, match=r"--sharding full|--dtype"):
+        World.join()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_process_where_several_were_asked_for_is_refused(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["--cpu", "--num_processes", str(count), "-m", "lora", "train"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    for name, value in prepare_simple_launcher_cmd_env(arguments)[1].items():
+        monkeypatch.setenv(name, value)
+    if count == 1:
+        assert World.join().size == 1
+        monkeypatch.setenv("MASTER_ADDR", "a.cluster.s")  # as a cluster may have it, for one process too
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert World.join().size == 1
+        return
+    with pytest.raises(LoRAError, match=r"asked for several processes and has started one.*torchrun.*--multi_gpu"):
         World.join()
 
 
