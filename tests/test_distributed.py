@@ -146,7 +146,10 @@ def test_whole_runs_are_the_run_of_one_process_and_end_together(tmp_path: Path) 
     ends = json.loads((tmp_path / "ends.json").read_text())
     for name in ("two", "two, then one", "two, then four", "one, then four sharded", "terminated, then one"):
         same_run(tmp_path / name, tmp_path / "one", ends[name])
-    same_run(tmp_path / "two sharded", tmp_path / "one in nf4", ends["two sharded"])
+    for name in ("two sharded", "two sharded, then one"):
+        same_run(tmp_path / name, tmp_path / "one in nf4", ends[name])
+    for name in ("two", "two sharded"):
+        very_same_run(tmp_path / f"{name}, then two", tmp_path / name, ends[f"{name}, then two"])
     one_says(ends["terminated"], 143, r"terminated \(SIGTERM\) after step \d of 8; .*checkpoint-\d is saved")
     one_says(ends["two, then three"], 2, "4 batches of 3, which 3 processes cannot share alike")
     one_says(ends["two, then four of more"], 2, "2 × 2 then, 3 × 4 now")
@@ -180,6 +183,18 @@ def same_run(run: Path, straight: Path, ends: list[Any]) -> None:
         vectors = [torch.cat([part[key].double().flatten() for key in sorted(other)]) for part in (one, other)]
         assert float((vectors[0] - vectors[1]).norm() / vectors[1].norm()) <= LOSSES
     assert (run / "result.json").exists() and (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def very_same_run(run: Path, straight: Path, ends: list[Any]) -> None:
+    """Every byte of the last checkpoint, and every number of the log, as in the run that was not interrupted."""
+    assert [code for code, _ in ends] == [0] * len(ends), ends
+    folder, other = (path / f"checkpoint-{STEPS}" for path in (run, straight))
+    names = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+    assert names == {file.relative_to(other) for file in other.rglob("*") if file.is_file()} and len(names) >= 7
+    assert [name for name in names if (folder / name).read_bytes() != (other / name).read_bytes()] == []
+    logs = [[record | {"seconds": 0} for record in read_metrics(path / "metrics.jsonl")] for path in (run, straight)]
+    assert logs[0] == logs[1]
+    assert "resume" in ends[0][1] and f"from {run / 'checkpoint-3'}" in ends[0][1]
 
 
 def one_says(ends: list[Any], code: int, message: str) -> None:

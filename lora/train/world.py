@@ -78,8 +78,8 @@ class World:
         if all(name in os.environ for name in SEVERAL) and not any(name in os.environ for name in COUNTS):
             raise LoRAError(
                 "accelerate launch was asked for several processes and has started one, as it does with --cpu, and "
-                "with fewer than two GPUs: start with torchrun --nproc-per-node N -m -- lora train …, or give accelerate "
-                "launch --multi_gpu and no --cpu. (If one is what you want, unset MASTER_ADDR.)"
+                "with fewer than two GPUs: start with torchrun --nproc-per-node N -m -- lora train …, or give "
+                "accelerate launch --multi_gpu and no --cpu. (If one is what you want, unset MASTER_ADDR.)"
             )
         if size == 1:
             return cls()
