@@ -123,6 +123,7 @@ def test_accelerate_launch_runs_a_user_s_script(tmp_path: Path) -> None:
     words = [launcher, "launch", *options.split(), "--main_process_port", "0"]
     words += [HERE / "several" / "users_script.py", model, tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "LORA_BACKEND": "fast"}
+    environment["HF_HOME"] = str(tmp_path)  # where nobody has configured accelerate
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [(tmp_path / name / "processes").read_text() for name in ("one", "two")] == ["1", "2"]

@@ -70,7 +70,9 @@ def every_case() -> list[Case]:
     cases += [Case(*chosen, "selective", "uneven", 1, False) for chosen in own]
     plugin = itertools.product(("own plugin",), ("plain", "nf4"), ("reference", "fast"))
     modes = ("none", "recompute", "selective", "offload")
-    return cases + [Case(*chosen, modes[i], LABELS[i % 3], 1, i % 2 == 0) for i, chosen in enumerate(plugin)]
+    return cases + [
+        Case(*chosen, modes[i], LABELS[i % 3], (1, 4, 4, 1)[i], i % 2 == 0) for i, chosen in enumerate(plugin)
+    ]
 
 
 def model_of(case: Case) -> Any:
@@ -122,7 +124,11 @@ def on_several(case: Case, world: World) -> dict[str, Any]:
         accelerator = with_plugin(reload=case.base == "plain")
         optimizer = torch.optim.SGD(lora.trainable_parameters(model), lr=LR)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-        accelerator.backward(share_of(wrapped(**mine[0], num_items_in_batch=num_items).loss))
+        accelerator.gradient_accumulation_steps = len(mine)
+        for batch in mine:
+            with accelerator.accumulate(wrapped):  # backward divides by their number, as num_items has done
+                loss = share_of(wrapped(**batch, num_items_in_batch=num_items).loss)
+                accelerator.backward(len(mine) * loss)
         return stepped(case, accelerator.unwrap_model(wrapped), optimizer)
     if case.way.startswith("own"):
         wrapped = shard(model) if case.way == "own fsdp2" else torch.nn.parallel.DistributedDataParallel(model)
