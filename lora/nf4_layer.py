@@ -125,6 +125,14 @@ class NF4Linear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        from lora.distributed import is_sharded
+
+        if self.weight.is_meta and is_sharded(self.weight):  # it would hand the bytes out under our files' names
+            raise LoRAError(
+                f"{prefix}weight is sharded and without values: accelerate's cpu_ram_efficient_loading does not know "
+                "4-bit weights. Either set it to False (fsdp_cpu_ram_efficient_loading: false), or shard the model "
+                "with lora.distributed.shard."
+            )
         tensors: dict[str, Tensor | None] = {"weight": self.weight, "bias": self.bias}  # in bitsandbytes' order
         tensors |= {key: tensor for key, tensor in to_checkpoint(self.quantised).items() if key != "weight"}
         for key, tensor in tensors.items():

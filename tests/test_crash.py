@@ -370,6 +370,50 @@ def test_generators_of_every_kind_are_saved(saved: Path) -> None:
     assert drawn() == expected
 
 
+GPUS = torch.cuda.device_count()
+
+
+@pytest.mark.skipif(not GPUS, reason="the generators of real GPUs: not run, needs a CUDA device, and none is here")
+def test_the_generators_of_real_gpus_are_saved(saved: Path) -> None:
+    devices = [torch.device("cuda", number) for number in range(GPUS)]
+
+    def drawn() -> list[list[float]]:
+        return [torch.rand(99, device=device).tolist() + torch.randn(99, device=device).tolist() for device in devices]
+
+    drawn()  # so that none is at its seed
+    checkpoint.save(tiny_trainer(), saved.parent)
+    expected = drawn()
+    assert all(one != other for one, other in zip(drawn(), expected, strict=True))
+    torch.manual_seed(1)
+    checkpoint.load_random_state(saved.parent / "checkpoint-0")
+    assert drawn() == expected
+
+
+@pytest.mark.parametrize("here", [3, 2, 4])
+def test_the_generator_of_every_gpu_is_saved_and_put_back(
+    saved: Path, here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three GPUs that are not there, into as many, fewer or more: each into its own, and into no other."""
+    gpus = [torch.Generator().manual_seed(number) for number in range(3)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: gpus[device].get_state())
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [gpu.get_state() for gpu in gpus])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: gpus[device].set_state(state))
+
+    def drawn() -> list[list[float]]:
+        return [torch.rand(5, generator=gpu).tolist() for gpu in gpus]
+
+    drawn()
+    checkpoint.save(tiny_trainer(), saved.parent)
+    expected = drawn()
+    assert len({tuple(numbers) for numbers in expected}) == 3
+    gpus[:] = [torch.Generator().manual_seed(77 + number) for number in range(here)]
+    fresh = torch.rand(5, generator=torch.Generator().manual_seed(77 + 3)).tolist()
+    checkpoint.load_random_state(saved.parent / "checkpoint-0")
+    assert drawn() == {2: expected[:2], 3: expected, 4: [*expected, fresh]}[here]
+
+
 # ---- one writer ------------------------------------------------------------------------------------------------
 
 HOLDER = """

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +22,15 @@ import torch
 from safetensors.torch import load_file
 from several.cases import LABELS, MAX_NORM, every_case
 from several.runs import STEPS, Runs
+from tiny_text import save_tiny_model
 
+import lora
 from lora.errors import LoRAError
 from lora.train.config import TrainConfig
 from lora.train.data import IGNORED, NOTHING, RankBatches, SeededOrder, WithNothing
 from lora.train.manifest import changes
 from lora.train.progress import read_metrics
+from lora.train.quiet import quiet
 from lora.train.world import World
 
 HERE = Path(__file__).parent
@@ -64,7 +68,8 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path: Path) -> None:
 
 def check_verbs(found: dict[str, Any]) -> None:
     """What else a sharded model does: it is saved as the whole one is, once; and what it cannot do, it says."""
-    assert found["saved"] == dict.fromkeys(("plain", "pissa", "dora", "copy", "nf4"), "the same")
+    kinds = ("plain", "pissa", "dora", "copy", "nf4", "plain by the plugin", "nf4 by the plugin")
+    assert found["saved"] == dict.fromkeys(kinds, "the same")
     assert found["written by"] == {"0": True, "1": False}
     for verb in ("merge", "add_adapter", "load_adapter", "shard", "inject"):
         wrong = (
@@ -75,6 +80,7 @@ def check_verbs(found: dict[str, Any]) -> None:
     assert "a tensor is a DTensor: gather it" in found["operation"]
     assert "torch.float64 and torch.float32" in found["dtypes"] or "torch.float32 and torch.float64" in found["dtypes"]
     assert "give them as blocks=" in found["blocks"]
+    assert re.search(r"weight is sharded .* cpu_ram_efficient_loading .*set it to False", found["plugin's reloading"])
     assert found["fused"] == ["the same", "the same"]
     assert found["policy"] == {"bytes": True, "trained": "torch.bfloat16", "loss": pytest.approx(0, abs=2**-6)}
 
@@ -102,6 +108,37 @@ def test_other_people_s_loops_on_two_processes_train_what_one_does(tmp_path: Pat
         assert one["moved"] > 1e-2, one
 
 
+def test_accelerate_launch_runs_a_user_s_script(tmp_path: Path) -> None:
+    """The command itself, and a script that knows no test, beside the script in this process alone."""
+    import accelerate
+    from several import users_script
+
+    with quiet():
+        model = str(save_tiny_model(tmp_path / "model"))
+    with lora.use_backend("fast"):
+        users_script.main(model, tmp_path / "one")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    launcher = Path(sysconfig.get_path("scripts")) / "accelerate"
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    words = [launcher, "launch", *options.split(), "--main_process_port", "0"]
+    words += [HERE / "several" / "users_script.py", model, tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "LORA_BACKEND": "fast"}
+    environment["HF_HOME"] = str(tmp_path)  # where nobody has configured accelerate
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [(tmp_path / name / "processes").read_text() for name in ("one", "two")] == ["1", "2"]
+    start = adapter_in(tmp_path / "one" / "start")
+    for part in ("start", "loop", "trainer"):
+        one, other = (adapter_in(tmp_path / name / part) for name in ("one", "two"))
+        assert float((one - other).norm() / one.norm()) <= LOSSES
+        assert part == "start" or float((one - start).norm() / start.norm()) > 1e-2
+
+
+def adapter_in(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
 # ---- whole runs ------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +147,10 @@ def test_whole_runs_are_the_run_of_one_process_and_end_together(tmp_path: Path) 
     ends = json.loads((tmp_path / "ends.json").read_text())
     for name in ("two", "two, then one", "two, then four", "one, then four sharded", "terminated, then one"):
         same_run(tmp_path / name, tmp_path / "one", ends[name])
-    same_run(tmp_path / "two sharded", tmp_path / "one in nf4", ends["two sharded"])
+    for name in ("two sharded", "two sharded, then one"):
+        same_run(tmp_path / name, tmp_path / "one in nf4", ends[name])
+    for name in ("two", "two sharded"):
+        very_same_run(tmp_path / f"{name}, then two", tmp_path / name, ends[f"{name}, then two"])
     one_says(ends["terminated"], 143, r"terminated \(SIGTERM\) after step \d of 8; .*checkpoint-\d is saved")
     one_says(ends["two, then three"], 2, "4 batches of 3, which 3 processes cannot share alike")
     one_says(ends["two, then four of more"], 2, "2 × 2 then, 3 × 4 now")
@@ -144,6 +184,18 @@ def same_run(run: Path, straight: Path, ends: list[Any]) -> None:
         vectors = [torch.cat([part[key].double().flatten() for key in sorted(other)]) for part in (one, other)]
         assert float((vectors[0] - vectors[1]).norm() / vectors[1].norm()) <= LOSSES
     assert (run / "result.json").exists() and (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def very_same_run(run: Path, straight: Path, ends: list[Any]) -> None:
+    """Every byte of the last checkpoint, and every number of the log, as in the run that was not interrupted."""
+    assert [code for code, _ in ends] == [0] * len(ends), ends
+    folder, other = (path / f"checkpoint-{STEPS}" for path in (run, straight))
+    names = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+    assert names == {file.relative_to(other) for file in other.rglob("*") if file.is_file()} and len(names) >= 7
+    assert [name for name in names if (folder / name).read_bytes() != (other / name).read_bytes()] == []
+    logs = [[record | {"seconds": 0} for record in read_metrics(path / "metrics.jsonl")] for path in (run, straight)]
+    assert logs[0] == logs[1]
+    assert "resume" in ends[0][1] and f"from {run / 'checkpoint-3'}" in ends[0][1]
 
 
 def one_says(ends: list[Any], code: int, message: str) -> None:
@@ -251,6 +303,29 @@ def test_one_process_agrees_with_itself() -> None:
 def test_a_launcher_that_wants_another_way_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true" if name.endswith("SPEED") else "bf16")
     with pytest.raises(LoRAError, match=r"--sharding full|--dtype"):
+        World.join()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_process_where_several_were_asked_for_is_refused(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["--cpu", "--num_processes", str(count), "-m", "lora", "train"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    for name, value in prepare_simple_launcher_cmd_env(arguments)[1].items():
+        monkeypatch.setenv(name, value)
+    if count == 1:
+        assert World.join().size == 1
+        monkeypatch.setenv("MASTER_ADDR", "a.cluster.s")  # as a cluster may have it, for one process too
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert World.join().size == 1
+        return
+    with pytest.raises(LoRAError, match=r"asked for several processes and has started one.*torchrun.*--multi_gpu"):
         World.join()
 
 

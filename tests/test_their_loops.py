@@ -22,6 +22,7 @@ import torch
 import transformers
 import trl
 from test_adapter_io import adapter_tensors, assert_equal
+from test_families import FAMILIES, adapted, assert_near, step
 from tiny import stir, tiny_llama
 from tiny_text import rows, tiny_tokenizer
 from torch import Tensor, nn
@@ -123,6 +124,10 @@ def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def held_out_of(trainer: Any) -> list[float]:
+    return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
 # ---- TRL: supervised fine-tuning
 
 
@@ -131,6 +136,7 @@ def sft(model: Any, directory: Path, callbacks: Any = (), **options: Any) -> Any
         model=model,
         args=arguments(trl.SFTConfig, directory, max_length=64, **options),
         train_dataset=datasets.Dataset.from_list(rows(24)),
+        eval_dataset=datasets.Dataset.from_list(rows(24)) if "eval_strategy" in options else None,
         processing_class=TOKENIZER,
         callbacks=list(callbacks),
     )
@@ -350,14 +356,22 @@ UNEVEN = [3, 12, 7, 5, 2, 9, 11, 4, 6, 12, 3, 8, 10, 5, 7, 12]
 
 
 def with_trainer(
-    model: Any, directory: Path, optimizers: Any = (None, None), resume: str | None = None, **options: Any
+    model: Any,
+    directory: Path,
+    callbacks: Any = (),
+    optimizers: Any = (None, None),
+    resume: str | None = None,
+    **options: Any,
 ) -> Any:
+    data = datasets.Dataset.from_list(tokens(UNEVEN))
     trainer = transformers.Trainer(
         model=model,
         args=arguments(transformers.TrainingArguments, directory, **options),
-        train_dataset=datasets.Dataset.from_list(tokens(UNEVEN)),
+        train_dataset=data,
+        eval_dataset=data if "eval_strategy" in options else None,
         data_collator=transformers.DataCollatorForSeq2Seq(TOKENIZER, padding=True),
         optimizers=optimizers,
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -372,6 +386,61 @@ def test_trainer_trains_as_with_peft(backend, tmp_path):
         found = with_trainer(lora.for_training(ours), tmp_path)
     assert_same_training(ours, theirs, start)
     assert losses_of(found) == pytest.approx(losses_of(expected), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("loop", [with_trainer, sft], ids=["trainer", "sft"])
+@both_backends
+def test_dropout_is_on_in_training_and_off_in_evaluation(backend, loop, tmp_path):
+    """Every step has all examples and changes nothing (lr 0): only masks make one loss differ from the next."""
+    every = {"per_device_train_batch_size": 24, "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
+    _, plain = pair(tmp_path)
+    theirs, ours = pair(tmp_path, lora_dropout=0.5)
+    by_peft = loop(theirs, tmp_path, **every)
+    with lora.use_backend(backend):
+        without = loop(lora.for_training(plain), tmp_path, **every)
+        found = loop(lora.for_training(ours), tmp_path, **every)
+    steady, held_out = losses_of(without)[0], held_out_of(by_peft)
+    assert losses_of(without) == pytest.approx([steady] * STEPS, rel=ROUNDING)
+    for trainer in (by_peft, found):
+        assert all(abs(loss / steady - 1) > 20 * ROUNDING for loss in losses_of(trainer))
+        assert len(set(losses_of(trainer))) == STEPS
+    assert held_out == pytest.approx(held_out[:1] * (STEPS // 2), rel=ROUNDING)
+    for trainer in (without, found):
+        assert held_out_of(trainer) == pytest.approx(held_out, rel=ROUNDING)
+
+
+class Precisions(transformers.TrainerCallback):
+    """Notes the dtypes of gradients, and whether autocast is on where the model runs."""
+
+    def __init__(self, model):
+        self.gradients, self.autocast = set(), set()
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda *_: self.autocast.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        )
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients |= {p.grad.dtype for p in model.parameters() if p.requires_grad}
+
+
+@both_backends
+def test_trainer_in_bf16_trains_as_with_peft(backend, tmp_path):
+    """Losses and adapters are as near to float32's as PEFT's are: √3 times, as in test_half_precision.py."""
+    exact, ours = pair(tmp_path)
+    start = start_of(exact)
+    in_full = losses_of(with_trainer(exact, tmp_path))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # which holds one precision
+    theirs, _ = pair(tmp_path)
+    by_peft = losses_of(with_trainer(theirs, tmp_path, bf16=True))
+    seen = Precisions(ours)
+    with lora.use_backend(backend):
+        found = losses_of(with_trainer(lora.for_training(ours), tmp_path, [seen], bf16=True))
+    assert seen.autocast == {(True, torch.bfloat16)} and seen.gradients == {torch.float32}
+    vectors = [torch.cat([tensors_of(model)[name].flatten() for name in start]) for model in (ours, theirs, exact)]
+    for one, other, truth in ((found, by_peft, in_full), vectors):
+        error, allowed = (float((torch.as_tensor(x) - torch.as_tensor(truth)).norm()) for x in (one, other))
+        assert 0 < error <= 3**0.5 * allowed
+    moved = [float((value - start[name]).norm() / value.norm()) for name, value in tensors_of(exact).items()]
+    assert min(moved) > 1e-2, moved  # far above what is compared
 
 
 @both_backends
@@ -558,18 +627,23 @@ def packed_rows() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     return documents, row["input_ids"], row["position_ids"], row["labels"]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("checkpointing", ["none", "recompute", "selective"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi3"])
-@both_backends
-def test_packed_documents_are_what_they_are_alone(backend, family, checkpointing, attention):
-    """Position ids alone tell where a document begins, also where a window ends inside one and in the second run."""
-    from test_families import adapted, assert_near, step
+# transformers has no torch attention for Gemma 2.
+ATTENTIONS = [(family, "sdpa") for family in FAMILIES if family != "gemma2"] + [
+    (family, "eager") for family in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3")
+]
 
+
+@pytest.mark.parametrize("checkpointing", ["none", "recompute", "selective", "offload"])
+@pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
+@both_backends
+def test_packed_documents_are_what_they_are_alone(backend, family, attention, checkpointing):
+    """Position ids alone tell where a document begins, also where a window ends inside one and in the second run."""
     with lora.use_backend(backend):
         model = adapted(family)
         model.set_attn_implementation(attention)
-        lora.for_training(model, checkpointing=checkpointing)
+        for module in lora.for_training(model, checkpointing=checkpointing).modules():
+            if isinstance(module, nn.Dropout):  # GPT-2's own, which draws other numbers for other shapes
+                module.p = 0.0
         documents, ids, positions, labels = packed_rows()
         loss, gradients = step(model, input_ids=ids, position_ids=positions, labels=labels)
         count = sum(len(each) - 1 for each in documents)

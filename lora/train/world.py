@@ -38,6 +38,12 @@ OWN_WAYS = {  # what an accelerate config may ask for that would happen behind o
     "ACCELERATE_USE_DEEPSPEED": "remove deepspeed_config from accelerate's config, and give --sharding full",
     "ACCELERATE_USE_MEGATRON_LM": "remove megatron_lm_config from accelerate's config",
 }
+SEVERAL = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ACCELERATE_DYNAMO_BACKEND",
+)  # set by `accelerate launch` for several processes
+COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # by launchers that start them
 LOST = ("gloo", "Connection closed", "Connection reset", "NCCL", "Socket")  # in errors of a connection
 
 
@@ -68,6 +74,12 @@ class World:
             raise LoRAError(
                 f"the launcher asks for mixed precision ({precision}), expected none: weights are used in the dtype "
                 "they are loaded in. Set mixed_precision: no in accelerate's config, and choose with --dtype."
+            )
+        if all(name in os.environ for name in SEVERAL) and not any(name in os.environ for name in COUNTS):
+            raise LoRAError(
+                "accelerate launch was asked for several processes and has started one, as it does with --cpu, and "
+                "with fewer than two GPUs: start with torchrun --nproc-per-node N -m -- lora train …, or give "
+                "accelerate launch --multi_gpu and no --cpu. (If one is what you want, unset MASTER_ADDR.)"
             )
         if size == 1:
             return cls()

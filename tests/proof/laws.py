@@ -112,6 +112,20 @@ def assert_all_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) 
         assert_same_bits(value, expected[name], name)
 
 
+def assert_scaled(found: Tensor, value: Tensor, factor: float, name: str = "result") -> None:
+    """found = factor · value for a power of two: equal in every bit.
+
+    But a number that is subnormal on the way to a result (the slope of a GELU far out) is rounded at the smallest
+    number of its type, not at its own size: elements 38 orders of magnitude below the largest may differ by that much.
+    """
+    expected = value * factor
+    assert found.shape == expected.shape and found.dtype == expected.dtype, name
+    finite = expected[expected.isfinite()].double()
+    room = finite.abs().max() * torch.finfo(found.dtype).tiny if finite.numel() else 0.0
+    same = (bits(found) == bits(expected)) | ((found.double() - expected.double()).abs() <= room)
+    assert bool(same.all()), f"{name} differs in {int((~same).sum())} of {same.numel()} elements"
+
+
 def assert_agree(found: Tensor, expected: Tensor, bound: Tensor, name: str = "result") -> None:
     """Two computations of one thing: no further apart than their two bounds."""
     assert_within(found, expected, 2 * bound.cpu(), name)
@@ -145,7 +159,7 @@ def law_gradients_are_linear_in_dy(run: Run) -> None:
         for name, value in run.found.items():
             expected = value if name in run.case.outputs else value * factor
             if run.case.dtype != torch.float16:
-                assert_same_bits(found[name], expected, name)
+                assert_scaled(found[name], value, 1 if name in run.case.outputs else factor, name)
             assert_agree(found[name], expected, run.bounds[name] * abs(factor), name)
 
 
@@ -266,7 +280,7 @@ def law_the_update_depends_on_s_B_A_alone(run: Run) -> None:
         found = run.results(fresh(run.arguments, **changes))
         for name, value in run.found.items():
             factor = 1 if name in run.case.outputs else factors.get(part_of(name), 1)
-            assert_same_bits(found[name], value * factor, name)
+            assert_scaled(found[name], value, factor, name)
 
 
 def law_the_update_is_linear(run: Run, *arguments: str) -> None:

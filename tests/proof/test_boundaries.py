@@ -211,7 +211,7 @@ def test_nf4_beyond_two_to_the_31():
     part = torch.randn(8, 4096, device="cuda").bfloat16()
     quantised = fast.nf4_quantize(part, double_quant=False)
     many = fast.nf4_quantize(part.repeat(WIDE // part.numel() + 1, 1), double_quant=False)
-    assert_same_bits(many.codes[-len(quantised.codes) :], quantised.codes, "codes")
+    assert torch.equal(many.codes[-len(quantised.codes) :], quantised.codes), "codes"  # whole numbers
     assert_same_bits(many.absmax[-len(quantised.absmax) :], quantised.absmax, "absmax")
     assert_same_bits(fast.nf4_dequantize(many)[-8:], fast.nf4_dequantize(quantised), "the last rows")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import lora.fast
 from lora.projection import Projection
 from lora.testing.cases import Layer, LinearInput
-from proof.laws import Run, law_the_update_is_linear
+from proof.laws import Run, assert_scaled, law_the_update_is_linear
 
 CASE = LinearInput(shape=(7,), in_features=33, layer=Layer(17, 4, scaling=1.5))
 
@@ -77,3 +77,14 @@ def test_a_linear_update_is_linear(device, monkeypatch):
 def test_an_update_that_is_not_linear_or_not_there_is_rejected(device, monkeypatch, wrong):
     monkeypatch.setattr(lora.fast, "lora_linear", with_update(WRONG[wrong]))
     assert not holds(device)
+
+
+def test_a_factor_of_two_is_exact_but_for_what_is_subnormal():
+    value = torch.tensor([3.0, 1e-30, 1e-40])
+    assert_scaled(value * 2, value, 2)
+    assert_scaled(value * 2 + torch.tensor([0.0, 0.0, 1e-43]), value, 2)
+    for wrong in (value * 2.0000002, value * 2 + torch.tensor([0.0, 1e-37, 0.0]), value * torch.tensor([2.0, 2, 1e6])):
+        with pytest.raises(AssertionError, match="differs in"):
+            assert_scaled(wrong, value, 2)
+    with pytest.raises(AssertionError, match="differs in"):  # an infinite element leaves no room to the others
+        assert_scaled(torch.tensor([torch.inf, 2.1]), torch.tensor([torch.inf, 1.0]), 2)

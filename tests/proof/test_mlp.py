@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from lora.testing.strategies import mlp_inputs
 from proof.laws import (
     Run,
     assert_agree,
-    assert_same_bits,
+    assert_scaled,
     both,
     examples,
     fresh,
@@ -64,6 +64,11 @@ def with_adapters(case: MLPInput) -> MLPInput:
 
 
 plain_lora = tidy.map(with_adapters)
+UP_OR_DOWN = Layer(63, 1, scaling=2.0)
+SUBNORMAL_SLOPE = MLPInput(  # of a GELU, met on the way to a gradient of lora_B that is not
+    shape=(1,), in_features=2, outliers=30.0, activation="gelu",
+    layers=(UP_OR_DOWN, UP_OR_DOWN, Layer(1, 1, scaling=2.0)),
+)  # fmt: skip
 
 
 @examples(80)
@@ -138,9 +143,9 @@ def test_it_is_its_three_layers_and_an_activation(device, backend, case):
 @examples(12)
 @given(case=tidy.map(plain_down))
 def test_up_and_down_share_a_factor_of_two(device, backend, case):
-    """Twice up is twice y; half of down makes that up again: every bit, where no slope is subnormal."""
+    """Twice up is twice y; half of down makes that up again: every bit."""
     layers = tuple(replace(layer, nf4=False) for layer in case.layers)
-    run = Run(changed(case, layers=layers, stacked=False, outliers=1.0), backend, device)
+    run = Run(changed(case, layers=layers, stacked=False), backend, device)
 
     def times(name: str, factor: float) -> dict:
         p = run.arguments[name]
@@ -149,11 +154,11 @@ def test_up_and_down_share_a_factor_of_two(device, backend, case):
 
     twice = run.results(fresh(run.arguments, **times("up", 2)))
     back = run.results(fresh(run.arguments, **times("up", 2), **times("down", 0.5)))
-    assert_same_bits(twice["y"], run.found["y"] * 2, "y")
-    assert_same_bits(back["y"], run.found["y"], "y")
+    assert_scaled(twice["y"], run.found["y"], 2, "y")
+    assert_scaled(back["y"], run.found["y"], 1, "y")
     for name in {"dx", "dgate.lora_A", "dgate.lora_B", "dup.lora_A"} & run.found.keys():
-        assert_same_bits(twice[name], run.found[name] * 2, name)
-        assert_same_bits(back[name], run.found[name], name)
+        assert_scaled(twice[name], run.found[name], 2, name)
+        assert_scaled(back[name], run.found[name], 1, name)
 
 
 @both
@@ -176,6 +181,7 @@ def test_weights_that_lie_together_change_nothing(device, backend, case):
 
 @both
 @examples(8)
+@example(case=SUBNORMAL_SLOPE)
 @given(case=plain_lora.map(plain_down))
 def test_the_update_depends_on_s_B_A_alone(device, backend, case):
     """Of gate, up and down at once: the same three products."""

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import DistributedType, PartialState
 from several.processes import Processes
 from tiny import stir, tiny_llama, toy
 from torch import Tensor
@@ -48,7 +50,7 @@ def device() -> torch.device:
 class Case(NamedTuple):
     """One way to train."""
 
-    way: str  # "ddp", "fsdp2": as `lora train` does it; "own ddp", "own fsdp2": a loop of the user's around the model
+    way: str  # "ddp", "fsdp2": as `lora train` does it; "own ddp", "own fsdp2", "own plugin": a loop of the user's
     base: str  # "plain", "nf4"
     backend: str
     checkpointing: str
@@ -65,7 +67,12 @@ def every_case() -> list[Case]:
         for j in (i, i + 1) if chosen[-1] in ("none", "recompute") else (i,):
             cases.append(Case(*chosen, LABELS[j % 3], (1, 4)[(j // 2) % 2], j % 2 == 0))
     own = itertools.product(("own ddp", "own fsdp2"), ("plain", "nf4"), ("reference", "fast"))
-    return cases + [Case(*chosen, "selective", "uneven", 1, False) for chosen in own]
+    cases += [Case(*chosen, "selective", "uneven", 1, False) for chosen in own]
+    plugin = itertools.product(("own plugin",), ("plain", "nf4"), ("reference", "fast"))
+    modes = ("none", "recompute", "selective", "offload")
+    return cases + [
+        Case(*chosen, modes[i], LABELS[i % 3], (1, 4, 4, 1)[i], i % 2 == 0) for i, chosen in enumerate(plugin)
+    ]
 
 
 def model_of(case: Case) -> Any:
@@ -109,10 +116,20 @@ def on_one(case: Case) -> dict[str, Any]:
 def on_several(case: Case, world: World) -> dict[str, Any]:
     """The step on SIZE processes, batch after batch."""
     model = model_of(case)
-    if world.rank:  # another start: what the first process has must win
-        stir(model, seed=9)
+    if world.rank and not (case.way == "own plugin" and case.base == "nf4"):  # what the first process has must win
+        stir(model, seed=9)  # accelerate's plugin sees to that only where it loads the model anew
     mine = batches_of(case)[world.rank :: SIZE]
     num_items = int(world.add(labels_in(mine))[0])
+    if case.way == "own plugin":
+        accelerator = with_plugin(reload=case.base == "plain")
+        optimizer = torch.optim.SGD(lora.trainable_parameters(model), lr=LR)
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.gradient_accumulation_steps = len(mine)
+        for batch in mine:
+            with accelerator.accumulate(wrapped):  # backward divides by their number, as num_items has done
+                loss = share_of(wrapped(**batch, num_items_in_batch=num_items).loss)
+                accelerator.backward(len(mine) * loss)
+        return stepped(case, accelerator.unwrap_model(wrapped), optimizer)
     if case.way.startswith("own"):
         wrapped = shard(model) if case.way == "own fsdp2" else torch.nn.parallel.DistributedDataParallel(model)
         share_of(wrapped(**mine[0], num_items_in_batch=num_items).loss).backward()
@@ -125,13 +142,30 @@ def on_several(case: Case, world: World) -> dict[str, Any]:
     return stepped(case, model)
 
 
-def stepped(case: Case, model: Any) -> dict[str, Any]:
+def with_plugin(reload: bool) -> Accelerator:
+    """accelerate with its own plugin for FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` sets it up.
+
+    Args:
+        reload: accelerate's cpu_ram_efficient_loading: all processes get the tensors that the first one has.
+    """
+    options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "reshard_after_forward": True}
+    plugin = FullyShardedDataParallelPlugin(**options, cpu_ram_efficient_loading=reload)
+    accelerator = Accelerator(cpu=device().type == "cpu", fsdp_plugin=plugin)
+    if device().type == "cpu":  # where accelerate passes the plugin over and takes DDP, which is not what is tried here
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+def stepped(case: Case, model: Any, optimizer: Any = None) -> dict[str, Any]:
     """Gradients, their norm, and the parameters after clipping and a step against the gradient."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found: dict[str, Any] = {"gradients": {name: whole(p.grad).clone() for name, p in trained.items()}}
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_NORM if case.clipping else float("inf"))
     found["norm"] = whole(norm).item()
-    torch.optim.SGD(trained.values(), lr=LR).step()
+    (optimizer or torch.optim.SGD(trained.values(), lr=LR)).step()
     found["parameters"] = {name: whole(p.detach()) for name, p in trained.items()}
     return found
 
@@ -176,6 +210,17 @@ def verbs_of_sharded(world: World, root: Path) -> dict[str, Any]:
         if world.main:
             one, other = (path / "adapter_model.safetensors" for path in (folder, straight))
             found["saved"][name] = "the same" if one.read_bytes() == other.read_bytes() else "different"
+    for base in ("plain", "nf4"):
+        model = adapted(base)
+        accelerator, optimizer = with_plugin(reload=False), torch.optim.SGD(lora.trainable_parameters(model), lr=LR)
+        wrapped, _ = accelerator.prepare(model, optimizer)
+        folder = root / f"{base}-plugin-{world.rank}"
+        lora.save_adapter(accelerator.unwrap_model(wrapped), folder)
+        if world.main:
+            one, other = (path / "adapter_model.safetensors" for path in (folder, root / f"{base}-whole-0"))
+            found["saved"][f"{base} by the plugin"] = (
+                "the same" if one.read_bytes() == other.read_bytes() else "different"
+            )
     found["written by"] = {str(rank): has for rank, has in enumerate(world.gather(folder.exists()))}
 
     model = shard(adapted())
@@ -191,6 +236,7 @@ def verbs_of_sharded(world: World, root: Path) -> dict[str, Any]:
     bare = tiny_llama().to(device())
     fully_shard(bare)
     found["inject"] = refused(lambda: lora.inject(bare, CONFIG()))
+    found["plugin's reloading"] = refused(nf4_by_reloading_plugin)
     mixed = adapted()
     factor = mixed.model.layers[0].mlp.up_proj.lora_A["default"]
     factor.data = factor.data.double()
@@ -199,6 +245,11 @@ def verbs_of_sharded(world: World, root: Path) -> dict[str, Any]:
     found["policy"] = under_a_policy()
     found["fused"] = fused_as_before()
     return found
+
+
+def nf4_by_reloading_plugin() -> None:
+    model = adapted("nf4")
+    with_plugin(reload=True).prepare(model, torch.optim.SGD(lora.trainable_parameters(model), lr=LR))
 
 
 def fused_as_before() -> list[str]:

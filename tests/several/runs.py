@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +24,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from several.processes import Processes, lora_train
+from several.processes import PATIENCE, Processes, lora_train
 from tiny_text import rows, save_tiny_model, write_jsonl
 
 import lora.train.job
@@ -102,22 +104,14 @@ def on_fire() -> None:
     raise LoRAError("the machine is on fire.")
 
 
-def launched(words: list[str]) -> None:
-    """What each process does that torch's own launcher has started."""
-    if code := main(["train", *words]):
-        sys.exit(code)
-
-
 def by_torchrun(runs: Runs, name: str) -> None:
-    """Two processes by torchrun's own agent, which forks them here instead of starting Python anew."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    places = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "run_id": name}
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", monitor_interval=0.1, **places
-    )
-    elastic_launch(config, launched)(runs.words(name, 2))
-    runs.ends[name] = [[0, ""]] * 2  # it raises where one fails
+    """Two processes by torchrun itself, each of which starts Python anew: the only run here that is not forked."""
+    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
+    words = [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "--", "lora", "train", *runs.words(name, 2)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
+    assert done.stdout.count("processes 2, each with the whole model") == 1, done.stderr  # and one of them speaks
+    runs.ends[name] = [[done.returncode, ""]] * 2
 
 
 def run_all(runs: Runs) -> None:
@@ -130,6 +124,9 @@ def run_all(runs: Runs) -> None:
     runs.resume("two, then one", "two", 3, 1, 2)
     runs.resume("two, then four", "two", 3, 4, 1)
     runs.resume("one, then four sharded", "one", 3, 4, 1, "--sharding", "full")
+    runs.resume("two, then two", "two", 3, 2, 2)
+    runs.resume("two sharded, then two", "two sharded", 3, 2, 2, "--sharding", "full", *in_nf4)
+    runs.resume("two sharded, then one", "two sharded", 3, 1, 2, *in_nf4)
     runs.resume("two, then three", "two", 3, 3, 2)
     runs.resume("two, then four of more", "two", 3, 4, 3)
     runs.stopped("terminated", 1)
