@@ -23,7 +23,7 @@ from torch import Tensor
 from lora.fast.parts import TENSORS, part_of, term_of
 from lora.fast.runtime import rehearsing, runs_triton
 from lora.projection import Dropout, NF4Weight
-from lora.reference.multi_lora import check_adapters
+from lora.reference.multi_lora import check_stacked
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -417,7 +417,7 @@ def multi_lora_forward(
     from lora.fast import multi_lora
 
     part = part_of(tensors, sizes, dtype, base_scaling)
-    check_adapters(x, part.shape, lora_A, lora_B, scaling, index)
+    check_stacked(x, part.shape, lora_A, lora_B, scaling, index)
     return multi_lora.forward_tokens(x, part, lora_A, lora_B, scaling, multi_lora.groups_for(x, lora_A, index))
 
 
