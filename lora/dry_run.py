@@ -126,7 +126,8 @@ class WithoutNumbers(TorchDispatchMode):
         if not is_attention(func, args, kwargs):
             self.products += flops
             return
-        causal = "flash_attention" in func._schema.name and len(args) > 4 and args[4]
+        name = func._schema.name
+        causal = name == "lora::causal_attention" or ("flash_attention" in name and len(args) > 4 and args[4])
         self.attention += 3 * (flops // 2 if causal else flops)
 
     def rows_of(self, index: Tensor | None) -> list[Tensor | None]:

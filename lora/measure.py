@@ -332,7 +332,8 @@ def arithmetic_of(func: Any, args: Any, kwargs: Any, made: Sequence[Tensor]) -> 
         return int(2 * made[0].numel() * args[PRODUCTS[name]].shape[-1])
     if is_attention(func, args, kwargs):  # q·kᵀ and p·v: 4 · queries · keys · features
         query, key = args[:2]
-        keys = key.shape[-2 if "_scaled_dot_product" in func.name() else -3]
+        heads_first = "_scaled_dot_product" in func.name() or func.name() == "lora::causal_attention"
+        keys = key.shape[-2 if heads_first else -3]
         return int(4 * query.numel() * keys)
     return 0
 

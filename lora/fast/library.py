@@ -23,7 +23,7 @@ from torch import Tensor
 from lora.fast.parts import TENSORS, part_of, term_of
 from lora.fast.runtime import rehearsing, runs_triton
 from lora.projection import Dropout, NF4Weight
-from lora.reference.multi_lora import check_adapters
+from lora.reference.multi_lora import check_stacked
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -212,6 +212,39 @@ def rope_rotate(
     return kernels.rope_forward(q, k, cos, sin, position_ids=position_ids, interleaved=interleaved, inverse=inverse)
 
 
+# ---- attention
+
+
+def _fake_causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, features = q.shape
+    return q.new_empty(batch, tokens, heads, features), q.new_empty(batch, heads, tokens)
+
+
+@operator(_fake_causal_attention)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out [batch, tokens, heads, head_dim] and lse [batch, heads, tokens]."""
+    from lora.fast import attention
+
+    return attention.forward_blocks(q, k, v, scale)
+
+
+def _fake_causal_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+@operator(_fake_causal_attention_backward)
+def causal_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, tokens before heads."""
+    from lora.fast import attention
+
+    return attention.backward_blocks(dout, q, k, v, out, lse, scale)
+
+
 # ---- dropout
 
 
@@ -384,7 +417,7 @@ def multi_lora_forward(
     from lora.fast import multi_lora
 
     part = part_of(tensors, sizes, dtype, base_scaling)
-    check_adapters(x, part.shape, lora_A, lora_B, scaling, index)
+    check_stacked(x, part.shape, lora_A, lora_B, scaling, index)
     return multi_lora.forward_tokens(x, part, lora_A, lora_B, scaling, multi_lora.groups_for(x, lora_A, index))
 
 

@@ -27,7 +27,7 @@ from lora.fast.linear import (
     part_gradients,
     upstream_of,
 )
-from lora.fast.operands import as_autocast, as_rows, back_through, factors_of
+from lora.fast.operands import as_autocast, as_rows, back_through, factors_of, row_blocks
 from lora.fast.parts import MAX_RANK, TENSORS, LowRank, Part, flat_term, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Dropout, Projection
@@ -151,13 +151,15 @@ def gated_backward(
         return dg, dz, made if with_h else None
     both = dh.new_empty(len(dh), 2 * dh.shape[1])
     dg, dz = both.chunk(2, dim=1)
+    h = torch.empty_like(dz, memory_format=torch.contiguous_format) if with_h else None
     wide = torch.promote_types(g.dtype, torch.float32)
-    g_wide = g.to(wide)
-    act, slope = activation_and_slope(g_wide, activation)
-    act = act.to(dh.dtype)
-    dg.copy_(slope.mul_(z).mul_(dh))
-    h = act * z if with_h else None
-    dz.copy_(act.mul_(dh))
+    for rows in row_blocks(g):
+        act, slope = activation_and_slope(g[rows].to(wide), activation)
+        act = act.to(dh.dtype)
+        dg[rows] = slope.mul_(z[rows]).mul_(dh[rows])
+        if h is not None:
+            torch.mul(act, z[rows], out=h[rows])
+        torch.mul(act, dh[rows], out=dz[rows])
     return dg, dz, h
 
 

@@ -20,7 +20,7 @@ from lora.fast.parts import Part, Static, flat_part, packed, unpacked
 from lora.fast.products import product
 from lora.fast.runtime import FusedFunction, runs_triton
 from lora.projection import Projection
-from lora.reference.multi_lora import check_adapters, check_base
+from lora.reference.multi_lora import check_base, check_named, check_stacked
 
 
 def multi_lora_linear(
@@ -33,8 +33,16 @@ def multi_lora_linear(
     check_base(base)
     x, bases = as_autocast(x, [base])
     static, tensors = unpacked(bases)
+    if nothing_to_record(x):
+        (part,) = packed(static, tensors)
+        return grouped(x, part, lora_A, lora_B, scaling, index)[0]
     h: Tensor = MultiLoRA.apply(x, static[0], index, lora_A, lora_B, scaling, *tensors[:2])  # type: ignore[no-untyped-call]
     return h
+
+
+def nothing_to_record(x: Tensor) -> bool:
+    """Whether the operation can do without its autograd function, which costs as much as some products of one token."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
 
 
 class MultiLoRA(FusedFunction):
@@ -50,9 +58,7 @@ class MultiLoRA(FusedFunction):
             h, su = library.multi_lora_forward(x, index, lora_A, lora_B, scaling, *flat_part(static, tensors))
         else:
             (part,) = packed([static], tensors)
-            check_adapters(x, part.shape, lora_A, lora_B, scaling, index)
-            ctx.groups = groups_for(x, lora_A, index)
-            h, su = forward_tokens(x, part, lora_A, lora_B, scaling, ctx.groups)
+            h, su, ctx.groups = grouped(x, part, lora_A, lora_B, scaling, index)
         ctx.save_for_backward(x, su, index, lora_A, lora_B, scaling, weight, bias)
         ctx.static = static
         return h
@@ -70,6 +76,15 @@ class MultiLoRA(FusedFunction):
             (part,) = packed([ctx.static], tensors)
             dx, dA, dB, dweight, dbias = backward_tokens(dh, x, su, part, lora_A, lora_B, scaling, ctx.groups, needs)
         return dx, None, None, dA, dB, None, dweight, dbias
+
+
+def grouped(
+    x: Tensor, part: Part, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Any]:
+    """`forward_tokens`, of checked adapters, and the groups that the backward goes by."""
+    check_stacked(x, part.shape, lora_A, lora_B, scaling, index)
+    groups = groups_for(x, lora_A, index)
+    return *forward_tokens(x, part, lora_A, lora_B, scaling, groups), groups
 
 
 def forward_tokens(
@@ -122,12 +137,17 @@ _latest: dict[Callable[..., Any], tuple[weakref.ref[Tensor], tuple[int, ...], An
 
 
 def groups_of(kind: Callable[..., Any], index: Tensor, adapters: int, tokens: int) -> Any:
-    """The groups of an index: those of the layer before where it is the same tensor, unchanged."""
+    """The groups of an index: those of the layer before where it is the same tensor, unchanged.
+
+    Raises: LoRAError where a row names no adapter; looked up once too, since a GPU has to be waited for to see it.
+    """
     if index.is_inference():  # these do not count their changes
+        check_named(index, adapters)
         return kind(index, adapters, tokens)
     known, made_from, groups = _latest.get(kind, (lambda: None, (), None))
     facts = (index._version, adapters, tokens)
     if known() is not index or made_from != facts:
+        check_named(index, adapters)
         groups = kind(index, adapters, tokens)
         _latest[kind] = (weakref.ref(index), facts, groups)
     return groups

@@ -1,6 +1,7 @@
 """What `fuse` changes in a model: one module instance at a time, with a handle that undoes it.
 
-    attention   q, k and v are computed together when the first of them is called; RoPE is one function for q and k
+    attention   q, k and v are computed together when the first of them is called; RoPE is one function for q and k;
+                on a CPU causal attention runs in blocks of what a token may see
     MLP         gate, up, activation and down are one function
     norms       RMSNorm is one function
     layers      where a norm follows the sum with the residual, the sum and the norm are one function
@@ -25,6 +26,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora import dispatch
 from lora.distributed import class_of
+from lora.fast.attention import causal_attention, takes_attention
 from lora.fast.checkpoint import attention_begins
 from lora.fast.operands import rows_of_one
 from lora.layers import AdapterLayer, LoRALinear, Update
@@ -193,6 +195,7 @@ def patch_attention(fusion: Fusion, path: str, module: Any) -> None:
         announces = asks_for_attention(forward)
         patch(fusion, module, with_rotary(forward), {"announces_attention": True} if announces else {})
         notes.append("RoPE in one pass")
+        notes += ["causal attention in blocks on a CPU"] if announces else []
     fusion.notes[path] = ", ".join(notes) or "left as it is: an attention of another shape"
 
 
@@ -221,7 +224,7 @@ def asks_for_attention(forward: Any) -> bool:
 
 
 class Announcing:
-    """transformers' attention functions, each of which tells a checkpoint when it runs."""
+    """transformers' attention functions, each of which tells a checkpoint when it runs; ours for SDPA's on a CPU."""
 
     def __init__(self, functions: Any) -> None:
         self.functions = functions
@@ -229,12 +232,26 @@ class Announcing:
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """The attention function of that name."""
         attention = self.functions.get_interface(name, default)
+        blocks = name == "sdpa" and dispatch.get_backend() != "reference"
 
-        def announced(*args: Any, **kwargs: Any) -> Any:
+        def announced(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             with attention_begins():
-                return attention(*args, **kwargs)
+                if blocks and is_plain(module, query, key, value, *args, **kwargs):
+                    return causal_attention(query, key, value, kwargs.get("scaling")), None
+                return attention(module, query, key, value, *args, **kwargs)
 
         return announced
+
+
+def is_plain(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    is_causal: bool | None = None, **options: Any,
+) -> bool:  # fmt: skip
+    """Whether a call of transformers' SDPA attention is causal, each token with its own key, and no more than that."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    more = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    plain = attention_mask is None and not dropout and causal and query.shape[2] > 1 and not more
+    return plain and takes_attention(query, key, value)
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

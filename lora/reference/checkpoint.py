@@ -48,7 +48,7 @@ ATTENTION = frozenset(
         "_flash_attention_forward",
         "_efficient_attention_forward",
     )
-) | {"flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"}
+) | {"flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward", "lora::causal_attention"}
 
 
 @dataclass

@@ -91,6 +91,14 @@ def check_adapters(
     x: Tensor, shape: Sequence[int], lora_A: Tensor, lora_B: Tensor, scaling: Tensor, index: Tensor
 ) -> None:
     """The stacked adapters fit each other and the base, and every row names one of them, or -1."""
+    check_stacked(x, shape, lora_A, lora_B, scaling, index)
+    check_named(index, len(lora_A))
+
+
+def check_stacked(
+    x: Tensor, shape: Sequence[int], lora_A: Tensor, lora_B: Tensor, scaling: Tensor, index: Tensor
+) -> None:
+    """The shapes and types of the stacked adapters and the index fit each other and the base."""
     out_features, in_features = shape
     adapters, r = lora_A.shape[0], lora_A.shape[1]
     found = (list(lora_A.shape), list(lora_B.shape), list(scaling.shape), list(index.shape))
@@ -100,6 +108,10 @@ def check_adapters(
             raise LoRAError(f"{name} is {shape}, expected {wanted} (adapters, r and features of lora_A, x and base).")
     if index.dtype not in (torch.int64, torch.int32):
         raise LoRAError(f"The adapter index is {index.dtype}, expected int64 or int32: one adapter number a row.")
+
+
+def check_named(index: Tensor, adapters: int) -> None:
+    """Every row names one of the adapters, or -1."""
     wrong = ((index < -1) | (index >= adapters)).nonzero()
     if len(wrong):
         row = int(wrong[0])

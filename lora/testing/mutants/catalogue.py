@@ -59,6 +59,7 @@ PROOFS = {
     "dropout": plain("dropout", "dropout", "linear", "thresholds"),
     "dora": plain("dora", "dora", "linear"),
     "multi_lora": plain("multi_lora", "multi_lora", "left_over"),
+    "attention": Proofs("attention", ("tests/test_attention.py",), (False,)),
     "checkpoint": CHECKPOINT,
     "kernels.nf4": interpreted("nf4", "nf4_kernels"),
     "kernels.dora": interpreted("dora", "dora_kernels"),
@@ -110,6 +111,8 @@ NOT_TRIED = {  # functions, and why the generator leaves them alone
     r"loss:in_one_step": "the second half runs in a compiled graph only",
     r"parts:(flat_.*|part_of|term_of)": "operands of operators: in a compiled graph, or as kernels get them",
     r"products:_has_linear": "which builds of PyTorch have oneDNN: every one here has",
+    r"attention:kernel_is_there": "which releases of PyTorch have the kernel: every one here has",
+    r"operands:row_blocks": "the size of a block: any choice gives the same result, in another time",
     r"operands:as_autocast": "autocast, which tests/test_fast_models.py proves",
 }  # fmt: skip
 TRIED = [name for name in PROOFS if name != "qkv"]  # qkv is one call

@@ -20,6 +20,8 @@ EQUIVALENT: dict[str, str] = {
     "pointer, in the same way.",
     "dropout:masks_in_products: 0 → 1": COST + "At the least p there is, 1/65536, D(x) is written and then multiplied.",
     "dropout:_signed: 63 → 64": "Both numbers are the same 64 bits: PyTorch takes one with or without a sign.",
+    "attention:backward_blocks: 0.0 → 0.01 (2)": "PyTorch's kernel for CPUs has no dropout, and its backward does not "
+    "read the argument.",
     "checkpoint:Operations.ends: all(y.requires_grad for y in product) → any((y.requires_grad for y in "
     "product))": "All outputs of an autograd function have a gradient, or none has.",
     "dora:row_norms: dense.shape[1] * wide.itemsize → ((dense.shape[1]) + (wide.itemsize))": COST
