@@ -26,7 +26,7 @@ from benchmarks.card.rows import FAILED, OUT_OF_MEMORY
 Results = tuple[Tensor, ...]
 T = TypeVar("T")
 ROUNDS = (5, 30)  # at least and at most
-SLEEP_CYCLES = 4_000_000  # about two milliseconds: longer than the host takes to launch any operation here
+SLEEP_CYCLES = 16_000_000  # some eight milliseconds: longer than a slow host takes to launch any operation here
 
 
 class Variant(NamedTuple):
