@@ -350,7 +350,12 @@ UNEVEN = [3, 12, 7, 5, 2, 9, 11, 4, 6, 12, 3, 8, 10, 5, 7, 12]
 
 
 def with_trainer(
-    model: Any, directory: Path, optimizers: Any = (None, None), resume: str | None = None, **options: Any
+    model: Any,
+    directory: Path,
+    optimizers: Any = (None, None),
+    resume: str | None = None,
+    callbacks: Any = (),
+    **options: Any,
 ) -> Any:
     trainer = transformers.Trainer(
         model=model,
@@ -358,6 +363,7 @@ def with_trainer(
         train_dataset=datasets.Dataset.from_list(tokens(UNEVEN)),
         data_collator=transformers.DataCollatorForSeq2Seq(TOKENIZER, padding=True),
         optimizers=optimizers,
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
