@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import dispatch
 from lora.errors import LoRAError
+from lora.file_pages import FilePages
 from lora.layers import is_conv1d
 from lora.nf4_format import ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, STATE, from_checkpoint
 from lora.nf4_layer import NF4Linear
@@ -68,9 +69,11 @@ class NF4Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = quantization_config.stored
         self.targets: set[str] = set()
+        self.pages = FilePages(())
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         self.targets = target_weights(model)
+        self.pages = FilePages(checkpoint_files or ())
         if not self.targets and not self.pre_quantized:
             raise LoRAError(
                 f"quantization='nf4' finds nothing to do in a {type(model).__name__}: it has no nn.Linear besides the "
@@ -91,7 +94,7 @@ class NF4Quantizer(HfQuantizer):
         return BYTES_PER_WEIGHT if param_name in self.targets else param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
-        return Quantise(self.quantization_config, self.targets)
+        return Quantise(self.quantization_config, self.targets, self.pages)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
@@ -100,6 +103,7 @@ class NF4Quantizer(HfQuantizer):
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Leaves no mark: what comes back is a plain model in which some modules are NF4Linear."""
+        self.pages.give_back()
         attach(model)  # its save_pretrained is to say what is 4 bits wide
         del model.hf_quantizer, model.config.quantization_config, model.quantization_method
         model.is_quantized = False
@@ -121,8 +125,8 @@ class NF4Quantizer(HfQuantizer):
 class Quantise(ConversionOps):
     """One full-precision weight as it arrives: quantised, and its nn.Linear replaced by NF4Linear."""
 
-    def __init__(self, config: NF4Config, targets: set[str]) -> None:
-        self.config, self.targets = config, targets
+    def __init__(self, config: NF4Config, targets: set[str], pages: FilePages) -> None:
+        self.config, self.targets, self.pages = config, targets, pages
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
@@ -136,6 +140,7 @@ class Quantise(ConversionOps):
             with self.config.noting():
                 _check_fits(context["model"], name, tuple(weight.shape))
                 _replace(name, dispatch.ops.nf4_quantize(weight, name=name), context)
+            self.pages.add(weight.nbytes)
         return left
 
 
