@@ -182,8 +182,7 @@ def quantize_directory(
         raise LoRAError(f"{name} stores its weights under other names than transformers uses: this is not built yet.")
     wanted = _output_dtype(model, dtype)
     before = sum(p.numel() for p in model.parameters())
-    with meter("quantising"):
-        dispatch.quantize(model, "nf4", double_quant=double_quant)
+    dispatch.quantize(model, "nf4", double_quant=double_quant)
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     for layer in layers:
         layer.dtype = wanted

@@ -26,6 +26,7 @@ from lora import dispatch
 from lora.errors import LoRAError
 from lora.file_pages import FilePages
 from lora.layers import is_conv1d
+from lora.meter import Meter
 from lora.nf4_format import ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, STATE, from_checkpoint
 from lora.nf4_layer import NF4Linear
 from lora.projection import NF4Weight
@@ -47,6 +48,7 @@ class NF4Config(QuantizationConfigMixin):
     def __init__(self, stored: bool, dtype: torch.dtype | None = None) -> None:
         self.quant_method: Any = METHOD
         self.stored, self.dtype = stored, dtype
+        self.progress: Meter | None = None
         self.failure: LoRAError | None = None
 
     @contextmanager
@@ -74,6 +76,10 @@ class NF4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         self.targets = target_weights(model)
         self.pages = FilePages(checkpoint_files or ())
+        progress = self.quantization_config.progress
+        if progress is not None and not self.pre_quantized:
+            progress.doing = "quantising"
+            progress.total = sum(model.get_parameter(name).nbytes for name in self.targets)
         if not self.targets and not self.pre_quantized:
             raise LoRAError(
                 f"quantization='nf4' finds nothing to do in a {type(model).__name__}: it has no nn.Linear besides the "
@@ -141,6 +147,8 @@ class Quantise(ConversionOps):
                 _check_fits(context["model"], name, tuple(weight.shape))
                 _replace(name, dispatch.ops.nf4_quantize(weight, name=name), context)
             self.pages.add(weight.nbytes)
+            if self.config.progress is not None:
+                self.config.progress(weight.nbytes)
         return left
 
 
