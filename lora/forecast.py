@@ -352,8 +352,9 @@ def step_time(
     again = 0.0
     for block, mode in zip(blocks, plan.values(), strict=True):
         if mode != "none":
-            again += block.arithmetic - block.attention_arithmetic
-            again += 0 if mode == "selective" else causal * block.attention_arithmetic
+            again += block.arithmetic - block.left_out - block.attention_arithmetic
+            kept = block.spared - block.attention_arithmetic  # a last product that a norm reads
+            again += -kept if mode == "selective" else causal * block.attention_arithmetic
     work = rehearsal.products + rehearsal.attention + again
     passes = 2 + again / max(sum(block.arithmetic for block in blocks), 1)
     weights = held.frozen + held.nf4
