@@ -85,7 +85,7 @@ class NF4Quantizer(HfQuantizer):
                 f"quantization='nf4' finds nothing to do in a {type(model).__name__}: it has no nn.Linear besides the "
                 "output head. Load it without quantization."
             )
-        experts = [name for name, module in model.named_modules() if _has_stacked_weights(module)]
+        experts = [name for name, module in model.named_modules() if has_stacked_weights(module)]
         if experts:
             warnings.warn(
                 f"quantization='nf4' leaves {len(experts)} modules in full precision: {experts[0]} and its like hold "
@@ -197,7 +197,7 @@ def target_weights(model: Any) -> set[str]:
     }
 
 
-def _has_stacked_weights(module: nn.Module) -> bool:
+def has_stacked_weights(module: nn.Module) -> bool:
     """Whether a module holds several matrices as one parameter, as mixtures of experts do."""
     stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     return stacked and not isinstance(module, nn.Conv1d)
