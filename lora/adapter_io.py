@@ -37,6 +37,7 @@ from lora.adapters import AdapterState, _require, checked_name, disable_adapters
 from lora.distributed import refuse_sharded, whole, writes
 from lora.errors import LoRAError
 from lora.layers import AdapterLayer, LoRAEmbedding, LoRAParameter, adapter_layers, saved_modules
+from lora.meter import meter
 from lora.peft_format import (
     CONFIG_FILE,
     PICKLE_FILE,
@@ -156,7 +157,8 @@ def load_adapter(
         text = (folder / CONFIG_FILE).read_bytes()
         with (folder / WEIGHTS_FILE).open("rb") as file:
             source = open_source(bare, folder, text, file)
-            with disable_adapters(bare) if injected else nullcontext():  # the base weights are what is compared
+            # the base weights are what is compared
+            with meter("loading the adapter"), disable_adapters(bare) if injected else nullcontext():
                 if check_base:
                     check_base_model(source)
                 values = {key: read_value(source, name) for key, name in source.names.items()}
@@ -164,7 +166,8 @@ def load_adapter(
                     check_copies(source, values)
     except OSError as error:
         raise LoRAError(f"cannot read the adapter in {folder}: {error.strerror or error}.") from None
-    _install(bare, adapter_name, source, values)
+    with meter("loading the adapter"):
+        _install(bare, adapter_name, source, values)
     return model
 
 

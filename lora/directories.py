@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,24 +179,28 @@ def quantize_directory(
         model, tokenizer = models.load(name)
     if any(isinstance(module, NF4Linear) for module in model.modules()):
         raise LoRAError(f"{name} is quantised already: give the model it was made from.")
-    if getattr(model, "_weight_conversions", None):
-        raise LoRAError(f"{name} stores its weights under other names than transformers uses: this is not built yet.")
     wanted = _output_dtype(model, dtype)
     before = sum(p.numel() for p in model.parameters())
-    with meter("quantising"):
-        dispatch.quantize(model, "nf4", double_quant=double_quant)
+    dispatch.quantize(model, "nf4", double_quant=double_quant)
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     for layer in layers:
         layer.dtype = wanted
+    _tell_of_stacks(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     entries = {key: _plain(tensor, wanted, key) for key, tensor in model.state_dict().items() if key not in tied}
     with replaced(target) as directory:
-        write_weights(entries, directory)
-        changes = {
-            "dtype": str(wanted).removeprefix("torch."),
-            "quantization_config": stated(model, wanted, double_quant),
-        }
-        write_rest(model, tokenizer, directory, name, changes)
+        if getattr(model, "_weight_conversions", None):  # files with other names: transformers knows how
+            with meter("writing"):
+                _in_dtype(model, wanted)
+                model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        else:
+            write_weights(entries, directory)
+            changes = {
+                "dtype": str(wanted).removeprefix("torch."),
+                "quantization_config": stated(model, wanted, double_quant),
+            }
+            write_rest(model, tokenizer, directory, name, changes)
     quantised = sum(layer.in_features * layer.out_features for layer in layers)
     held = sum(entry.nbytes for key, entry in entries.items() if _is_nf4_part(key, entry))
     size = sum(entry.nbytes for entry in entries.values())
@@ -203,6 +208,29 @@ def quantize_directory(
         f"quantised {len(layers)} linear layers into {target}: {quantised:,} of {before:,} weights in "
         f"{8 * held / quantised:.3f} bits each, {megabytes(size)} in all"
     )
+
+
+def _tell_of_stacks(model: nn.Module) -> None:
+    """A note where experts stay as they are, which may be most of a model."""
+    from lora.nf4_loader import has_stacked_weights  # it imports transformers
+
+    stacks = [(path, module) for path, module in model.named_modules() if has_stacked_weights(module)]
+    if stacks:
+        left = sum(p.numel() for _, module in stacks for p in module.parameters(recurse=False))
+        warnings.warn(
+            f"{stacks[0][0]} and its like hold several matrices in one tensor and stay in full precision, "
+            f"{left / trainable_parameters(model).total:.0%} of the model's numbers: only nn.Linear is quantised",
+            stacklevel=3,
+        )
+
+
+def _in_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Every floating parameter in `dtype`, one after another, but for the scales of NF4 layers."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.is_floating_point() and (name == "bias" or not isinstance(module, NF4Linear)):
+                p.data = p.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def stated(model: nn.Module, dtype: torch.dtype, double_quant: bool) -> dict[str, Any]:

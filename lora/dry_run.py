@@ -15,6 +15,8 @@ A step that looks at any other number (a mixture of experts, which sends tokens 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ from lora.train.loss import NextTokenLoss, head_of
 
 COMPUTED = 1 << 23  # elements: larger integer tensors (a dropout mask's) are never looked at
 UNFILLED = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided")
+PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 MASKED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 
@@ -59,13 +62,29 @@ def rehearse(model: Any, batch: int, length: int, device: str) -> Rehearsal:
         return next_token_loss(inputs, inputs["labels"].numel())
 
     counted = WithoutNumbers(type(model).__name__)
-    with standing_for(device), FusedAttention(), counted:
+    with standing_for(device), FusedAttention(), padding_unasked(model), counted:
         try:
             measured = measure(model, {"input_ids": ids, "labels": ids}, loss)
         finally:
             release_workspaces("meta")
     measured.device = device
     return Rehearsal(measured, counted.products // 2, counted.attention // 2)  # `measure` runs the step twice
+
+
+@contextmanager
+def padding_unasked(model: Any) -> Iterator[None]:
+    """Without transformers' warning of padding that has no mask, which looks at tokens by an index that has no numbers.
+
+    There is no padding in the step. Each module that asks is given a method of its own, and loses it again.
+    """
+    asking = [module for module in model.modules() if hasattr(type(module), PADDING_WARNING)]
+    for module in asking:
+        vars(module)[PADDING_WARNING] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for module in asking:
+            vars(module).pop(PADDING_WARNING, None)
 
 
 class FusedAttention(TorchFunctionMode):

@@ -35,6 +35,7 @@ from lora.config import LoRAConfig
 from lora.dry_run import Rehearsal, rehearse
 from lora.errors import LoRAError, did_you_mean
 from lora.gpus import COPY_SHARE, HOST_SECONDS, STEP_SHARE, Card, card_named
+from lora.meter import meter
 from lora.planner import Plan, largest_moment, planned, readable
 from lora.reference.modes import CHECKPOINTING
 from lora.skeleton import Held, held_by, skeleton
@@ -245,7 +246,8 @@ def forecast(
         "backend": dispatch.get_backend(),
         "target_modules": target_modules,
     }
-    return Forecaster(model, outline, card).tried(settings)
+    with meter("planning"):
+        return Forecaster(model, outline, card).tried(settings)
 
 
 def _require(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -350,8 +352,9 @@ def step_time(
     again = 0.0
     for block, mode in zip(blocks, plan.values(), strict=True):
         if mode != "none":
-            again += block.arithmetic - block.attention_arithmetic
-            again += 0 if mode == "selective" else causal * block.attention_arithmetic
+            again += block.arithmetic - block.left_out - block.attention_arithmetic
+            kept = block.spared - block.attention_arithmetic  # a last product that a norm reads
+            again += -kept if mode == "selective" else causal * block.attention_arithmetic
     work = rehearsal.products + rehearsal.attention + again
     passes = 2 + again / max(sum(block.arithmetic for block in blocks), 1)
     weights = held.frozen + held.nf4

@@ -32,6 +32,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from lora.errors import LoRAError
 from lora.gguf_file import GGUFFile, decode, read_gguf
+from lora.meter import meter
 
 transformers: Any = import_module("transformers")  # Any: it is annotated in parts only
 
@@ -85,7 +86,8 @@ def convert(path: Path, directory: Path) -> None:
         part.save_pretrained(directory)
     with open(directory / "model.safetensors", "wb") as output:
         shapes = {names[name]: file.tensors[name].shape for name in names}
-        write_safetensors(output, shapes, (decode_as_transformers(file, name) for name in names))
+        with meter("converting the GGUF file", sum(4 * math.prod(shape) for shape in shapes.values())) as done:
+            write_safetensors(output, shapes, (decode_as_transformers(file, name) for name in names), done)
 
 
 def check_architecture(file: GGUFFile) -> None:
@@ -142,7 +144,12 @@ def check_tensors(file: GGUFFile, config: Any, names: dict[str, str]) -> None:
         )
 
 
-def write_safetensors(output: BinaryIO, shapes: dict[str, tuple[int, ...]], tensors: Iterator[torch.Tensor]) -> None:
+def write_safetensors(
+    output: BinaryIO,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: Iterator[torch.Tensor],
+    written: Callable[[int], None] = lambda size: None,
+) -> None:
     """A safetensors file of float32 tensors, written one tensor at a time (the library's writer wants them all).
 
     The format: the header's length as uint64, the header in JSON (padded to 8 bytes), the data.
@@ -157,6 +164,7 @@ def write_safetensors(output: BinaryIO, shapes: dict[str, tuple[int, ...]], tens
     output.write(struct.pack("<Q", len(encoded)) + encoded)
     for tensor in tensors:
         output.write(tensor.contiguous().numpy().data)
+        written(tensor.nbytes)
 
 
 def decode_as_transformers(file: GGUFFile, name: str) -> torch.Tensor:

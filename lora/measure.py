@@ -55,6 +55,7 @@ class Block:
     arithmetic: int = 0
     attention_arithmetic: int = 0
     spared: int = 0  # of its arithmetic, what "selective" does not do again and "recompute" does: that of what it keeps
+    left_out: int = 0  # of its arithmetic, what no mode does again: the last product, where nothing reads it
     working: int = 0  # at most while it runs forward and then backward
     working_again: int = 0  # the same where the forward runs with the output's gradient waiting
     calls: int = 0
@@ -113,18 +114,21 @@ def measure(model: nn.Module, batch: Mapping[str, Any], loss: Callable[..., Tens
 
 
 class CountedOperations(Operations):
-    """A block's fused operations, and the arithmetic of the last one's product."""
+    """A block's fused operations, and the arithmetic of the last one's product that a second run can leave out."""
 
     def __init__(self, saved: list[Tensor], ledger: Ledger) -> None:
         super().__init__(saved, keeps=True)
-        self.ledger, self.start, self.product = ledger, 0, 0
+        self.ledger, self.product = ledger, 0
 
     def begins(self) -> bool | Product:
-        self.start = self.ledger.arithmetic
+        self.ledger.products.clear()
         return super().begins()
 
     def ends(self, product: Product, keepable: bool) -> None:
-        self.product = self.ledger.arithmetic - self.start
+        """x Wᵀ and what is added to it make results of the product's size; x Aᵀ is saved, and so is made again."""
+        sizes = [y.numel() for y in product]
+        made = sum(flops for size, flops in self.ledger.products if size in (*sizes, sum(sizes)))
+        self.product = made if keepable else 0
         super().ends(product, keepable)
 
 
@@ -153,6 +157,7 @@ class Ledger(TorchDispatchMode):
         self.outside: Sizes = {}  # saved for the backward outside of blocks
         self.held = self.most = 0
         self.attention = self.arithmetic = self.attention_arithmetic = 0
+        self.products: list[tuple[int, int]] = []  # the numbers of their results, and FLOPs, as they come
         self.block_has_ended = False
         self.mark = Mark({}, 0, {}, [])
 
@@ -169,6 +174,8 @@ class Ledger(TorchDispatchMode):
             self.note(x, {})
         flops = arithmetic_of(func, args, kwargs, made)
         self.arithmetic += flops
+        if flops:
+            self.products.append((made[0].numel(), flops))
         if is_attention(func, args, kwargs):
             self.attention_arithmetic += flops
             self.attention += sum(x.nbytes for x in made if x.device == self.device)
@@ -288,6 +295,7 @@ class Step:
 
         with saved_tensors_hooks(pack, lambda x: x), reporting(operations):
             result = function()
+        block.left_out += 0 if operations.is_read() else operations.product
         saved.clear()
         forward = ledger.most - start
         block.selective += ledger.attention + operations.bytes_kept()

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora.errors import LoRAError, did_you_mean
+from lora.meter import meter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -326,7 +327,9 @@ def _load_directory(source: str, request: Request) -> tuple[Any, Any]:
         with _translated(request, "tokenizer"):
             tokenizer = getattr(transformers, request.tokenizer_class).from_pretrained(source, **options)
         nf4 = _nf4_config(config, request)
-        with _translated(request, "model", nf4):
+        with _translated(request, "model", nf4), meter("loading the model") as loading:
+            if nf4 is not None and not (request.hub and sys.stderr.isatty()):  # there transformers' bar says it
+                nf4.progress = loading
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,

@@ -24,7 +24,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import dispatch
 from lora.errors import LoRAError
+from lora.file_pages import FilePages
 from lora.layers import is_conv1d
+from lora.meter import Meter
 from lora.nf4_format import ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, STATE, from_checkpoint
 from lora.nf4_layer import NF4Linear
 from lora.projection import NF4Weight
@@ -46,6 +48,7 @@ class NF4Config(QuantizationConfigMixin):
     def __init__(self, stored: bool, dtype: torch.dtype | None = None) -> None:
         self.quant_method: Any = METHOD
         self.stored, self.dtype = stored, dtype
+        self.progress: Meter | None = None
         self.failure: LoRAError | None = None
 
     @contextmanager
@@ -68,15 +71,21 @@ class NF4Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = quantization_config.stored
         self.targets: set[str] = set()
+        self.pages = FilePages(())
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         self.targets = target_weights(model)
+        self.pages = FilePages(checkpoint_files or ())
+        progress = self.quantization_config.progress
+        if progress is not None and not self.pre_quantized:
+            progress.doing = "quantising"
+            progress.total = sum(model.get_parameter(name).nbytes for name in self.targets)
         if not self.targets and not self.pre_quantized:
             raise LoRAError(
                 f"quantization='nf4' finds nothing to do in a {type(model).__name__}: it has no nn.Linear besides the "
                 "output head. Load it without quantization."
             )
-        experts = [name for name, module in model.named_modules() if _has_stacked_weights(module)]
+        experts = [name for name, module in model.named_modules() if has_stacked_weights(module)]
         if experts:
             warnings.warn(
                 f"quantization='nf4' leaves {len(experts)} modules in full precision: {experts[0]} and its like hold "
@@ -91,7 +100,7 @@ class NF4Quantizer(HfQuantizer):
         return BYTES_PER_WEIGHT if param_name in self.targets else param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
-        return Quantise(self.quantization_config, self.targets)
+        return Quantise(self.quantization_config, self.targets, self.pages)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
@@ -100,6 +109,7 @@ class NF4Quantizer(HfQuantizer):
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Leaves no mark: what comes back is a plain model in which some modules are NF4Linear."""
+        self.pages.give_back()
         attach(model)  # its save_pretrained is to say what is 4 bits wide
         del model.hf_quantizer, model.config.quantization_config, model.quantization_method
         model.is_quantized = False
@@ -121,8 +131,8 @@ class NF4Quantizer(HfQuantizer):
 class Quantise(ConversionOps):
     """One full-precision weight as it arrives: quantised, and its nn.Linear replaced by NF4Linear."""
 
-    def __init__(self, config: NF4Config, targets: set[str]) -> None:
-        self.config, self.targets = config, targets
+    def __init__(self, config: NF4Config, targets: set[str], pages: FilePages) -> None:
+        self.config, self.targets, self.pages = config, targets, pages
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
@@ -136,6 +146,9 @@ class Quantise(ConversionOps):
             with self.config.noting():
                 _check_fits(context["model"], name, tuple(weight.shape))
                 _replace(name, dispatch.ops.nf4_quantize(weight, name=name), context)
+            self.pages.add(weight.nbytes)
+            if self.config.progress is not None:
+                self.config.progress(weight.nbytes)
         return left
 
 
@@ -184,7 +197,7 @@ def target_weights(model: Any) -> set[str]:
     }
 
 
-def _has_stacked_weights(module: nn.Module) -> bool:
+def has_stacked_weights(module: nn.Module) -> bool:
     """Whether a module holds several matrices as one parameter, as mixtures of experts do."""
     stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     return stacked and not isinstance(module, nn.Conv1d)

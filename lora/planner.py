@@ -335,7 +335,8 @@ def largest_moment(
 
 def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
     """What each mode means for this block; "selective" only where it has something to keep."""
-    arithmetic, thrifty = block.arithmetic, block.arithmetic - block.spared
+    arithmetic = block.arithmetic - block.left_out
+    thrifty = arithmetic - block.spared
     again, both = block.input + block.working_again, block.input + block.selective
     every = {
         "none": Choice(block.saved, block.input + block.working, 0, 0),

@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ import peft
 import pytest
 import torch
 from gguf.quants import dequantize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import stir, tiny_llama, toy
 from tiny_gguf import MODELS, gguf_name, write
+from tiny_text import save_tiny_model
 from torch import Tensor
 
 import lora
 import lora.layers
 from lora import LoRAConfig, LoRAError
 from lora.cli import main
-from lora.export import export_vllm
+from lora.export import VLLM_RANKS, export_adapter, export_vllm
 from lora.gguf_export import export_gguf
 
 IDS = torch.tensor([[1, 4, 2, 8, 5, 7], [63, 1, 3, 0, 10, 33]])
@@ -70,17 +71,21 @@ def assert_same_logits(one: Any, other: Any, base: Any) -> None:
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 ENDS = {"embed_tokens", "lm_head"}  # of the model classes that list them
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+OTHER_KINDS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of its config/lora.py: what --max-lora-rank may be
 
 
 def served_by_vllm(folder: Path, base: Any, most: int, modules: set[str] = LINEAR) -> Any:
-    """`base` as vLLM would run it with the adapter in `folder`, by the rules of its lora/peft_helper.py (the fields),
-    lora/utils.py (the names) and lora/lora_model.py (the files). Patterns are as good as unknown: 0.33 reads
-    them, older releases ignore them."""
+    """`base` as vLLM would run it with the adapter in `folder`, by the rules of vLLM 0.33's lora/peft_helper.py (the
+    fields), lora/utils.py (the names), lora/lora_model.py (the files) and config/lora.py (the ranks), narrowed to what
+    releases since 0.6 share: patterns, which 0.33 reads, are ignored by older ones. `benchmarks/vllm_loader.py` runs
+    those files themselves on the same directories."""
+    assert most in MAX_LORA_RANKS
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
-    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
-    assert not config.get("lora_bias") and config.get("init_lora_weights") in PLAIN_STARTS
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and 1 <= config["r"] <= most
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys() and isinstance(config["r"], int)
+    assert not config.get("modules_to_save") and not config.get("use_dora") and config.get("bias", "none") == "none"
+    assert not any(config.get(key) for key in OTHER_KINDS) and config.get("init_lora_weights") in PLAIN_STARTS
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern") and 1 <= config["r"] <= most
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -95,6 +100,7 @@ def served_by_vllm(folder: Path, base: Any, most: int, modules: set[str] = LINEA
         pairs.setdefault(module, {})[role] = tensor
     model = copy.deepcopy(base)
     for module, pair in pairs.items():
+        assert pair.keys() == {"A", "B"}, module
         assert pair["A"].shape[0] == pair["B"].shape[1] == config["r"]  # one size of buffer for every module
         delta = scaling * pair["B"] @ pair["A"]
         with torch.no_grad():
@@ -115,6 +121,99 @@ def test_vllm_and_peft_run_what_we_run(tmp_path: Path, name: str) -> None:
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out")
     assert_same_logits(theirs, model, base)
     assert_same_logits(lora.load_adapter(copy.deepcopy(base), tmp_path / "out"), model, base)
+
+
+def respelt(**fields: Any) -> Callable[[Path], None]:
+    """Changes fields of adapter_config.json; None takes one out."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text()) | fields
+        file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    return spoil
+
+
+def renamed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """Changes the tensors."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file({name: x.contiguous() for name, x in change(load_file(file)).items()}, file, {"format": "pt"})
+
+    return spoil
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.weights")
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+# What our export never writes, and whether vLLM 0.33 refuses it (None: it takes it, and would run something else or
+# fail later, or older releases did).
+SPOILED: dict[str, tuple[Callable[[Path], None], str | None]] = {
+    "no r": (respelt(r=None), "Missing required configuration fields"),
+    "no alpha": (respelt(lora_alpha=None), "Missing required configuration fields"),
+    "no targets": (respelt(target_modules=None), "Missing required configuration fields"),
+    "rank 0": (respelt(r=0), "must be a positive integer"),
+    "rank above the server's": (respelt(r=17), "greater than max_lora_rank"),
+    "modules in full": (respelt(modules_to_save=["lm_head"]), "only supports modules_to_save"),
+    "dora": (respelt(use_dora=True), "does not yet support DoRA"),
+    "biases": (respelt(bias="lora_only"), "bias is not supported"),
+    "bias of B": (respelt(lora_bias=True), "does not support LoRA bias"),
+    "pissa": (respelt(init_lora_weights="pissa"), "does not support init_lora_weights"),
+    "loftq": (respelt(init_lora_weights="loftq"), "does not support init_lora_weights"),
+    "activated": (respelt(alora_invocation_tokens=[1]), "does not support Activated LoRA"),
+    "replicated": (respelt(layer_replication=[[0, 1]]), "does not support layer_replication"),
+    "ranks": (respelt(rank_pattern={"q_proj": 2}), None),
+    "scales": (respelt(alpha_pattern={"q_proj": 2}), None),
+    "another module": (
+        renamed(lambda t: {name.replace("q_proj", "q_projection"): x for name, x in t.items()}),
+        "expected target modules",
+    ),
+    "another role": (
+        renamed(lambda t: t | {f"{FIRST}.lora_magnitude_vector": torch.ones(32)}),
+        "unsupported LoRA weight",
+    ),
+    "a bias": (renamed(lambda t: t | {f"{FIRST}.lora_B.bias": torch.ones(32)}), "unsupported LoRA weight"),
+    "A alone": (renamed(lambda t: {name: x for name, x in t.items() if name != f"{FIRST}.lora_B.weight"}), None),
+    "another rank": (
+        renamed(
+            lambda t: t | {f"{FIRST}.lora_A.weight": torch.ones(2, 32), f"{FIRST}.lora_B.weight": torch.ones(32, 2)}
+        ),
+        None,
+    ),
+    "no prefix": (
+        renamed(lambda t: {name.removeprefix("base_model.model."): x for name, x in t.items()}),
+        None,
+    ),
+    "a pickle": (pickled, "doesn't contain tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_the_rules_that_stand_for_vllm_bite(tmp_path: Path, case: str) -> None:
+    base = tiny_llama()
+    export_vllm(adapted(base, r=4, target_modules=["q_proj", "v_proj"]), tmp_path)
+    served_by_vllm(tmp_path, base, most=16)
+    SPOILED[case][0](tmp_path)
+    with pytest.raises((AssertionError, OSError)):
+        served_by_vllm(tmp_path, base, most=16)
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(1, 1), (2, 8), (8, 8), (9, 16), (17, 32)])
+def test_the_launch_line_names_a_rank_that_vllm_takes(tmp_path: Path, rank: int, largest: int) -> None:
+    path = save_tiny_model(tmp_path / "model")
+    model = lora.inject(lora.load(path)[0], LoRAConfig(r=rank, target_modules=["q_proj"]))
+    stir(model)
+    lora.save_adapter(model, tmp_path / "adapter")
+    said = export_adapter(str(path), str(tmp_path / "adapter"), tmp_path / "out", format="vllm")
+    assert f"--max-lora-rank {largest} " in said and largest in MAX_LORA_RANKS
+    served_by_vllm(tmp_path / "out", lora.load(path)[0], most=largest)
+
+
+def test_no_rank_between_is_left_out() -> None:
+    assert VLLM_RANKS == MAX_LORA_RANKS
 
 
 @pytest.mark.parametrize("options", [{"lora_alpha": 7}, {"lora_alpha": 3, "use_rslora": True}], ids=str)

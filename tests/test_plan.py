@@ -36,12 +36,20 @@ def tiny_qwen3():
     return Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16, vocab_size=512))
 
 
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # with one that pads, its forward looks for it
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=256, vocab_size=512, **tokens))
+
+
 MODELS = {
     "tiny": lambda: tiny_llama(**LONG),
     "middle": lambda: tiny_llama(**MIDDLE, **LONG),
     "wide": lambda: tiny_llama(**WIDE, **LONG, tie_word_embeddings=True),
     "gemma3": tiny_gemma3,
     "qwen3": tiny_qwen3,
+    "gpt2": tiny_gpt2,
 }
 
 
@@ -70,6 +78,8 @@ def live(model, quantization: str, rank: int):
         ("fast", "wide", "none", "none", 3, 32, 4),
         ("fast", "gemma3", "none", "none", 4, 64, 4),
         ("auto", "qwen3", "none", "recompute", 2, 100, 4),
+        ("auto", "gpt2", "none", "none", 2, 100, 4),
+        ("reference", "gpt2", "none", "recompute", 2, 64, 4),
         ("reference", "middle", "none", "none", 2, 128, 8),
         ("reference", "wide", "nf4", "recompute", 2, 64, 16),
     ],

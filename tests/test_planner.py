@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import lora
 from lora import LoRAConfig, LoRAError
 from lora.fast.workspace import release_workspaces, workspaces_on
-from lora.measure import Block, Ledger, Measured, Step, measure
+from lora.measure import Block, Ledger, Measured, Step, arithmetic_of, measure
 from lora.planner import Problem, bytes_of, readable
 
 TOKENS = (2, 32)
@@ -226,7 +226,8 @@ def random_measured(rng: random.Random, blocks: int, device: str = "cuda") -> Me
                 str(number),
                 selective=rng.choice([0, size, 2 * size]),
                 arithmetic=rng.randint(10, 40),
-                spared=rng.randint(1, 9),
+                spared=rng.randint(1, 5),
+                left_out=rng.randint(0, 4),
                 working=working,
                 working_again=working + size,
                 calls=1,
@@ -249,7 +250,7 @@ def need_and_cost(problem: Problem, modes: tuple[str, ...]) -> tuple[int, tuple[
         assert choices[mode].kept == {"none": block.saved, "offload": 0}.get(mode, own)
     needs += [problem.constant + before + measured.loss_working, measured.before_blocks]
     arithmetic = sum(
-        block.arithmetic - (block.spared if mode == "selective" else 0)
+        block.arithmetic - block.left_out - (block.spared if mode == "selective" else 0)
         for block, mode in zip(measured.blocks, modes, strict=True)
         if mode != "none"
     )
@@ -422,6 +423,41 @@ def test_the_allocator_agrees(backend):
             assert 0 <= kept - plan.kept < 6 * 100 * 512
             assert peak <= plan.peak + 6 * 100 * 512
         assert "offload" in modes_seen and "none" in modes_seen
+
+
+class Counter(TorchDispatchMode):
+    """The arithmetic of everything that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.flops += arithmetic_of(func, args, kwargs or {}, made)
+        return result
+
+
+@pytest.mark.parametrize("mode", ["selective", "recompute"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["plain", "dora"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_what_a_mode_is_charged_for_is_what_it_runs_again(backend, name, attention, options, mode):
+    """To the FLOP: down_proj too, which the fast backend leaves out unless a norm, or DoRA's gain, reads it."""
+    with lora.use_backend(backend):
+        model = adapted(name, **options)
+        model.config._attn_implementation = attention
+        flops = {}
+        for checkpointing in ("none", mode):
+            lora.for_training(model, checkpointing)
+            with Counter() as counted:
+                model(**BATCH).loss.backward()
+            flops[checkpointing] = counted.flops
+        choices = Problem(measure(lora.for_training(model), BATCH, None), ["recompute", "selective"]).choices
+    charged = [block.get(mode, block["recompute"]).cost for block in choices]  # eager may leave selective nothing
+    assert flops[mode] - flops["none"] == sum(charged) > 0
 
 
 def test_what_selective_keeps_of_gemma_it_does_not_do_again():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import lora
 from lora import LoRAConfig
+from lora.cli import main
 from lora.nf4_layer import NF4Linear
 from lora.reference.nf4 import nf4_dequantize
 
@@ -138,6 +139,31 @@ def test_bitsandbytes_reads_what_we_save_of_any_family(family, double_quant, tmp
     assert_same_model(ours, theirs)
     assert {layer.weight.quant_state.nested for layer in bnb_layers(theirs).values()} == {double_quant}
     assert_same_model(lora.load(tmp_path / "nf4")[0], theirs)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_command_quantises_a_mixture_but_for_its_experts(family, dtype, double_quant, tmp_path, capfd):
+    path = save(dense(family, dtype), tmp_path / "dense")
+    flag = "--double-quant" if double_quant else "--no-double-quant"
+    assert main(["quantize", "--model", str(path), "--output", str(tmp_path / "nf4"), flag]) == 0
+    seen = capfd.readouterr()
+    assert "mlp.experts and its like hold several matrices in one tensor and stay in full precision, " in seen.err
+    assert "quantised 8 linear layers into" in seen.out and (" 4.5" in seen.out) == (not double_quant)
+    theirs = from_pretrained(tmp_path / "nf4")
+    assert len(bnb_layers(theirs)) == 8 and theirs.dtype == torch.bfloat16
+    assert_same_model(lora.load(tmp_path / "nf4")[0], theirs)
+    expected = lora.quantize(lora.load(path)[0], "nf4", double_quant=double_quant)  # from what was stored
+    for name, layer in nf4_layers(expected).items():
+        layer.dtype = torch.bfloat16
+        assert torch.equal(nf4_dequantize(layer.quantised), bnb_decoded(theirs.get_submodule(name))), name
+    for name, parameter in lora.load(path, dtype="bfloat16")[0].named_parameters():
+        if "experts" in name or "norm" in name or "embed" in name or "lm_head" in name:
+            assert torch.equal(parameter, theirs.get_parameter(name)), name
+    config = json.loads((tmp_path / "nf4" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert (tmp_path / "nf4" / "tokenizer.json").is_file()
 
 
 def test_saving_leaves_no_mark_and_adapters_come_and_go(tmp_path):

@@ -60,7 +60,7 @@ def executed(source: Path) -> Any:
 
     notebook = unexecuted(source)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "LORA_PROGRESS": "off"}
     client = NotebookClient(
         notebook,
         timeout=SECONDS,

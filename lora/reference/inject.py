@@ -44,6 +44,7 @@ from lora.layers import (
     is_conv1d,
     linear_shape,
 )
+from lora.meter import meter
 from lora.nf4_layer import NF4Linear
 from lora.saving import attach, detach
 
@@ -116,13 +117,15 @@ def add_adapter(model: nn.Module, config: LoRAConfig, adapter_name: str) -> nn.M
     _check_parameters(config, parameters)
     wrapped: dict[nn.Module, AdapterLayer | SavedModule] = {}  # base module -> its wrapper, made here
     try:
-        for path, module in targets.items():
-            layer = module if isinstance(module, AdapterLayer) else wrapped.get(module) or _wrapper(module)
-            put(model, path, layer)
-            if not isinstance(module, AdapterLayer):
-                wrapped[module] = layer
-            if isinstance(layer, AdapterLayer) and adapter_name not in layer.lora_A:  # else shared by two paths
-                add_parameters(layer, path, config, adapter_name)
+        with meter("starting the adapter", len(targets), "modules") as done:  # "pissa" and "loftq" take their time
+            for path, module in targets.items():
+                layer = module if isinstance(module, AdapterLayer) else wrapped.get(module) or _wrapper(module)
+                put(model, path, layer)
+                if not isinstance(module, AdapterLayer):
+                    wrapped[module] = layer
+                if isinstance(layer, AdapterLayer) and adapter_name not in layer.lora_A:  # else shared by two paths
+                    add_parameters(layer, path, config, adapter_name)
+                done()
         for path, module in saved.items():
             keep = module if isinstance(module, SavedModule) else wrapped.get(module) or SavedModule(module)
             put(model, path, keep)

@@ -19,6 +19,7 @@ from lora.adapters import exchange_weights, restore_weights, state_of
 from lora.distributed import refuse_sharded
 from lora.errors import LoRAError
 from lora.layers import AdapterLayer, LoRAEmbedding, LoRAParameter, Merged, SavedModule, adapter_layers, is_conv1d
+from lora.meter import meter
 from lora.nf4_layer import NF4Linear
 from lora.projection import Projection
 from lora.reference.dora import dora_gain
@@ -76,7 +77,12 @@ def merge(model: nn.Module, safe: bool = True, requantize: bool = False) -> dict
         raise LoRAError(f"no adapter is active in this {type(model).__name__}: call lora.set_adapter first.")
     state_of(model)
     try:
-        return {path: merge_layer(layer, path, safe) for path, layer in layers}
+        errors = {}
+        with meter("merging", len(layers), "modules") as done:
+            for path, layer in layers:
+                errors[path] = merge_layer(layer, path, safe)
+                done()
+        return errors
     except BaseException:
         unmerge(model)
         raise

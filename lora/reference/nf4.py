@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import LoRAError
-from lora.nf4_format import DTYPES, DYNAMIC_CODES, NF4_CODES, check_block_size, midpoints
+from lora.nf4_format import DTYPES, DYNAMIC_CODES, NF4_CODES, block_count, check_block_size, midpoints
 from lora.projection import NF4Weight
 
+PIECE = 1 << 18  # values encoded at a time, whole blocks of any size: what encoding makes is several times their size
 SMALLEST_ABSMAX = 1e-38  # a block below this is scaled as if it were this: 1 / absmax must not overflow
 
 
@@ -52,10 +53,14 @@ def nf4_quantize(
     check_block_size(block_size)
     check_block_size(nested_block_size, "nested_block_size")
     check_quantisable(weight, name)
-    values = weight.detach().flatten().float()  # [n]
-    index, absmax = encode(values, NF4_CODES, block_size)
-    pairs = index[: values.numel() + values.numel() % 2].view(-1, 2)
-    codes = pairs[:, 0] << 4 | pairs[:, 1]  # [ceil(n / 2)]
+    values = weight.detach().flatten()  # [n]
+    codes = torch.empty(-(-values.numel() // 2), dtype=torch.uint8, device=values.device)
+    absmax = torch.empty(block_count(values.numel(), block_size), device=values.device)
+    targets = zip(values.split(PIECE), codes.split(PIECE // 2), absmax.split(PIECE // block_size), strict=True)
+    for piece, its_codes, its_absmax in targets:
+        index, its_absmax[:] = encode(piece.float(), NF4_CODES, block_size)
+        pairs = index[: piece.numel() + piece.numel() % 2].view(-1, 2)
+        its_codes[:] = pairs[:, 0] << 4 | pairs[:, 1]
     quantised = NF4Weight(codes, absmax, tuple(weight.shape), weight.dtype, block_size)
     return doubly_quantised(quantised, nested_block_size) if double_quant else quantised
 

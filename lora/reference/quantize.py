@@ -10,6 +10,7 @@ from torch import nn
 from lora.config import matches
 from lora.errors import LoRAError, did_you_mean
 from lora.layers import AdapterLayer
+from lora.meter import meter
 from lora.nf4_format import check_block_size
 from lora.nf4_layer import NF4Linear
 from lora.reference.inject import output_heads
@@ -52,13 +53,16 @@ def quantize(
     targets = _targets(model, exclude_modules)
     for linear, paths in targets.items():
         check_quantisable(linear.weight, f"{paths[0]}.weight")
-    for linear, paths in targets.items():
-        quantised = NF4Linear.from_linear(
-            linear, double_quant=double_quant, block_size=block_size, name=f"{paths[0]}.weight"
-        )
-        for path in paths:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, quantised)
+    with meter("quantising", sum(linear.weight.nbytes for linear in targets)) as done:
+        for linear, paths in targets.items():
+            size = linear.weight.nbytes
+            quantised = NF4Linear.from_linear(
+                linear, double_quant=double_quant, block_size=block_size, name=f"{paths[0]}.weight"
+            )
+            for path in paths:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, quantised)
+            done(size)
     attach(model)  # its save_pretrained is to say what is 4 bits wide
     return model
 

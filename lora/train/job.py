@@ -23,8 +23,9 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lora import dispatch, models
+from lora import dispatch, meter, models
 from lora.adapter_io import gather_adapter
 from lora.adapters import disable_adapters, trainable_parameters
 from lora.errors import LoRAError
@@ -117,9 +118,13 @@ class Job:
         self.console.print(f"[bold]{label:<10}[/bold]", end="", soft_wrap=True)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def working(self, text: str) -> AbstractContextManager[Any]:
-        """A moving sign of life on a terminal, for what takes a while."""
-        return self.console.status(text) if self.console.is_terminal else nullcontext()
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """A sign of life for what takes a while: it moves on a terminal, and is a line now and then elsewhere."""
+        with self.console.status(text) if self.console.is_terminal else nullcontext() as status:
+            show = partial(self.say, "working") if status is None else status.update
+            with meter.shown_by(show, live=status is not None), meter.meter(text):
+                yield
 
     # ---- before
 
@@ -129,13 +134,15 @@ class Job:
         self.resumed = self.world.first(self.look_into_output)
         with self.world.together():
             self.share_batch()
-            self.data = load_data(config)
+            with self.working("reading the data"):
+                self.data = load_data(config)
             with self.working("loading the model"):
                 self.model, self.tokenizer = load_model(config)
             self.chat = config.chat_template and bool(self.tokenizer.chat_template)
             check_chat(self.data, self.chat)
             torch.manual_seed(config.seed)
-            dispatch.inject(self.model, config.lora_config())
+            with self.working("starting the adapter"):
+                dispatch.inject(self.model, config.lora_config())
             dispatch.for_training(self.model, "none" if config.memory_budget else config.checkpointing)
         self.world.first(self.claim_output)
         with self.world.together():
@@ -221,7 +228,8 @@ class Job:
         self.control = Control(self.begin, self.world)
         self.metrics, self.display = Metrics(self.output / METRICS, self.world), ProgressDisplay(self.console)
         callbacks = [self.control, self.metrics, self.display]
-        base = checkpoint.base_fingerprint(self.model)
+        with self.working("reading the base model's weights"):
+            base = checkpoint.base_fingerprint(self.model)
         record: dict[str, Any] = {"settings": self.settings, "processes": self.processes, "base": base}
         config = config.replace(grad_accumulation=self.accumulation)
         with self.working("preparing the data"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from lora.errors import LoRAError
+from lora.meter import meter
 
 Messages = list[dict[str, str]]
 
@@ -52,7 +53,7 @@ def answer(
     texts = [render(tokenizer, prompt, chat) for prompt in prompts]
     templated = [chat or not isinstance(prompt, str) for prompt in prompts]  # these bring their special tokens
     answers = [""] * len(prompts)
-    with generating(model):
+    with generating(model), meter("answering", len(prompts), "prompts") if on_text is None else nullcontext() as done:
         for brings in (True, False):
             chosen = [i for i, each in enumerate(templated) if each is brings]
             for start in range(0, len(chosen), batch_size):
@@ -61,6 +62,8 @@ def answer(
                 new = _generate(model, tokenizer, batch, max_new_tokens, temperature, on_text)
                 for i, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                     answers[i] = text.strip()
+                if done is not None:
+                    done(len(places))
     return answers
 
 
