@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lora.projection import Projection
 from lora.testing.block_cases import MultiLoRAInput
 from lora.testing.cases import LinearInput
-from lora.testing.proof import BACKENDS, assert_equivalent, changed, results
+from lora.testing.proof import BACKENDS, assert_equivalent, changed, named_outputs, results
 from lora.testing.strategies import multi_lora_inputs
 from proof.laws import (
     Run,
@@ -58,6 +58,19 @@ def test_both_backends_are_within_the_bound(device, case):
 @given(case=multi_lora_inputs())
 def test_two_runs_are_the_same_bits(device, backend, case):
     law_two_runs_are_the_same_bits(Run(case, backend, device))
+
+
+@both
+@examples(12)
+@given(case=multi_lora_inputs())
+def test_what_nobody_records_is_the_same_bits(device, backend, case):
+    """Under no_grad, and in inference mode, where there is no autograd function around it."""
+    run = Run(case, backend, device)
+    for unrecorded in (torch.no_grad, torch.inference_mode):
+        with unrecorded():
+            found = named_outputs(case, run.backend, fresh(run.arguments))
+        for name, value in found.items():
+            assert_same_bits(value, run.found[name], name)
 
 
 @both
