@@ -154,9 +154,7 @@ def test_the_command_quantises_a_mixture_but_for_its_experts(family, dtype, doub
     theirs = from_pretrained(tmp_path / "nf4")
     assert len(bnb_layers(theirs)) == 8 and theirs.dtype == torch.bfloat16
     assert_same_model(lora.load(tmp_path / "nf4")[0], theirs)
-    expected = lora.quantize(
-        lora.load(path)[0], "nf4", double_quant=double_quant
-    )  # from what was stored
+    expected = lora.quantize(lora.load(path)[0], "nf4", double_quant=double_quant)  # from what was stored
     for name, layer in nf4_layers(expected).items():
         layer.dtype = torch.bfloat16
         assert torch.equal(nf4_dequantize(layer.quantised), bnb_decoded(theirs.get_submodule(name))), name
