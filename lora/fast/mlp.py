@@ -158,8 +158,8 @@ def gated_backward(
         act = act.to(dh.dtype)
         dg[rows] = slope.mul_(z[rows]).mul_(dh[rows])
         if h is not None:
-            torch.mul(act, z[rows], out=h[rows])
-        torch.mul(act, dh[rows], out=dz[rows])
+            h[rows] = act * z[rows]
+        dz[rows] = act.mul_(dh[rows])
     return dg, dz, h
 
 

@@ -9,7 +9,7 @@ gradients    dA's as the rows of one product, all in the adapters' own type
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,16 +139,15 @@ def as_rows(x: Tensor) -> Tensor:
 BLOCK = 1 << 16  # numbers for each thread: three operands of that many stay in its cache
 
 
-def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Some rows of a matrix after others: what an element-wise step makes of them is in the cache for the next one.
+def row_blocks(x: Tensor) -> Sequence[slice]:
+    """The rows of a matrix, some after others: what a step makes of them is in the cache for the next step.
 
-    All rows at once on a GPU, and in a graph, which joins such steps itself.
+    All rows at once on a GPU, and in a graph, which joins element-wise steps itself.
     """
-    rows = max(1, BLOCK * torch.get_num_threads() // max(1, x.shape[1]))
     if x.is_cuda or torch.compiler.is_compiling():
-        rows = max(1, len(x))
-    for first in range(0, len(x), rows):
-        yield slice(first, first + rows)
+        return [slice(None)]
+    rows = max(1, BLOCK * torch.get_num_threads() // max(1, x.shape[1]))
+    return [slice(first, first + rows) for first in range(0, len(x), rows)]
 
 
 def columns_of(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

@@ -122,7 +122,7 @@ WRITTEN: dict[str, list[Text]] = {
         ("no dropout before down", "forward_group(h, parts[2:], hidden_dropout(dropout),", "forward_group(h, parts[2:], None,"),
         ("dg is dz's", "dg[rows] = slope.mul_(z[rows]).mul_(dh[rows])", "dg[rows] = act * dh[rows]"),
         ("act'(g) without z", "dg[rows] = slope.mul_(z[rows]).mul_(dh[rows])", "dg[rows] = slope.mul_(dh[rows])"),
-        ("dz of z, not of act(g)", "torch.mul(act, dh[rows], out=dz[rows])", "torch.mul(z[rows], dh[rows], out=dz[rows])"),
+        ("dz of z, not of act(g)", "dz[rows] = act.mul_(dh[rows])", "dz[rows] = z[rows] * dh[rows]"),
         ("the first block alone", "for rows in row_blocks(g):", "for rows in [slice(0, max(1, len(g) // 2))]:"),
         ("g and z exchanged in the backward", "dg, dz, h = gated_backward(dh, g, z,", "dg, dz, h = gated_backward(dh, z, g,"),
         ("SiLU's slope without the product's second term", "return act, torch.addcmul(sigma, act, 1 - sigma)",
