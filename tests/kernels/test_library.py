@@ -52,6 +52,8 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
     many_nf4 = (*many[:4], packed[0])
     term, no_term = (normal(device, 5, 3), normal(device, 12, 3), 2.0), (None, None, 0.0)
     dh, su = normal(device, 5, 16), normal(device, 5, 3)
+    attended = (normal("cpu", 2, 4, 5, 8), normal("cpu", 2, 2, 5, 8), normal("cpu", 2, 5, 2, 8).transpose(1, 2))
+    attention = (normal("cpu", 2, 5, 4, 8), *attended, *library.causal_attention(*attended, 0.5), 0.5)  # CPUs' alone
     return {
         "gated_forward": [(x, y, "silu", *no_term, *no_term), (x, y, "gelu_tanh", *term, *no_term)],
         "gated_backward": [
@@ -74,6 +76,8 @@ def samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
             (heads.transpose(1, 2).contiguous().transpose(1, 2), heads + 1, angles[0].cos(), angles[0].sin(), positions,
              True, True),
         ],
+        "causal_attention": [(*attended, 0.5)],
+        "causal_attention_backward": [attention],
         "keep_mask": [([5, 12], 0.3, 7, 1, place)],
         "drop": [(x, 0.3, 7, 1)],
         "add_dropped": [(x, y, 0.3, 7, 1)],
