@@ -14,8 +14,8 @@ from lora.testing.mutants.report import code, row
 
 QUICK = quick_names()
 OPERATIONS = {
-    "checkpoint", "dora", "dropout", "embedding", "gemm", "linear", "loss", "merge", "mlp", "multi_lora", "nf4", "norm",
-    "qkv", "rope",
+    "attention", "checkpoint", "dora", "dropout", "embedding", "gemm", "linear", "loss", "merge", "mlp", "multi_lora",
+    "nf4", "norm", "qkv", "rope",
 }  # fmt: skip
 
 
