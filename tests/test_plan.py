@@ -199,7 +199,7 @@ def test_the_page_s_measurements_are_within_a_tenth_of_what_is_predicted_today()
         predicted, measured = (int(cell.replace(",", "")) for cell in cells[5:7])
         assert predicted == pytest.approx(measured, rel=0.1)
         if case in (planning.CASES[1], planning.CASES[3]):
-            assert planning.mib(planning.predict(case).peak) == cells[5]
+            assert planning.predict(case).peak / 2**20 == pytest.approx(predicted, rel=0.005)  # threads' blocks of rows
 
 
 def test_the_page_s_times_on_an_h100_are_what_is_predicted_today():
