@@ -62,14 +62,13 @@ def test_pages_are_given_back_now_and_then(file, monkeypatch):
     assert called == [1000]
 
 
-@pytest.mark.parametrize("case", [quantise_on_load.CASES[0], quantise_on_load.CASES[2]], ids=["as stored", "cast"])
-def test_a_real_model_takes_its_quantised_size_to_load(case):
-    """SmolLM2-135M: 269 MB in bfloat16 and 538 MB in float32, quantised 112 MB; every page that is resident counts.
+def test_a_real_model_takes_its_quantised_size_to_load():
+    """SmolLM2-135M, stored in float32, asked for in bfloat16: 538 MB, quantised 112 MB; every resident page counts.
 
-    Beside what is kept, the largest tensor, and 40 MB: 16 MB that are read until pages are given back (32 MB, if they
-    are stored in twice as many), and what encoding takes.
+    Beside what is kept, the largest tensor, and 40 MB: 32 MB that are read until pages are given back, and what
+    encoding takes. The other ways are in the table that `benchmarks/quantise_on_load.py` writes.
     """
-    found = quantise_on_load.measured(case)
+    found = quantise_on_load.measured(quantise_on_load.CASES[2])
     assert found["shards"] > 3
     assert found["held"] < 120e6 and found["stored"] > 2.2 * found["held"]
     assert found["peak"] < found["held"] + found["largest"] + 40e6
