@@ -199,14 +199,15 @@ def test_the_page_s_measurements_are_within_a_tenth_of_what_is_predicted_today()
         predicted, measured = (int(cell.replace(",", "")) for cell in cells[5:7])
         assert predicted == pytest.approx(measured, rel=0.1)
         if case == planning.CASES[4]:  # each takes seconds
-            assert planning.predict(case).peak / 2**20 == pytest.approx(predicted, rel=0.005)  # threads' blocks of rows
+            assert planning.predict(case).peak / 2**20 == pytest.approx(predicted, rel=0.01)  # libraries and threads differ
 
 
 def test_the_page_s_times_on_an_h100_are_what_is_predicted_today():
     steps, rows = planning.measured_steps(), page_rows("h100")
     assert len(steps) == len(rows)
     found = planning.predicted_step(steps[6], planning.eight_billion())  # in NF4, with recomputation
-    assert f"{found.peak / 2**30:.2f}" == rows[6][3] and f"{1e3 * found.time.seconds:.0f}" == rows[6][6]
+    assert found.peak / 2**30 == pytest.approx(float(rows[6][3]), rel=0.01)
+    assert 1e3 * found.time.seconds == pytest.approx(float(rows[6][6].replace(",", "")), rel=0.01)
 
 
 def test_an_h100s_step_in_nf4_and_its_arithmetic():
