@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 from lora.fast import attention
 from lora.fast.attention import causal_attention, takes_attention
+from lora.fast.patch import Announcing
 
 HEADS = [(1, 1), (3, 3), (4, 2), (6, 2), (3, 1)]  # of queries, of keys
 
@@ -197,3 +198,16 @@ def test_a_cached_token_and_another_kind_of_attention_are_left_alone():
         with Counted() as eager:
             model(input_ids=ids)
     assert (one.ours, whole.ours, eager.ours + eager.theirs) == (0, model.config.num_hidden_layers, 0)
+
+
+def test_arguments_that_are_not_named_are_the_attention_function_s_to_read():
+    """transformers' own takes its scaling there, where nothing of ours looks for it."""
+    q, k, v, _ = drawn(4, 2, 6, 5, torch.float32)
+    with lora.use_backend("fast"):
+        module = fused_model().model.layers[0].self_attn
+        function = type(module).forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+        announced = Announcing(function).get_interface("sdpa", None)
+        with Counted() as counted:
+            found, _ = announced(module, q, k, v, None, 0.0, 0.3)
+        torch.testing.assert_close(found, announced(module, q, k, v, None, scaling=0.3)[0], rtol=1e-5, atol=1e-6)
+    assert (counted.ours, counted.theirs) == (0, 1)
