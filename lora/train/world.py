@@ -38,11 +38,7 @@ OWN_WAYS = {  # what an accelerate config may ask for that would happen behind o
     "ACCELERATE_USE_DEEPSPEED": "remove deepspeed_config from accelerate's config, and give --sharding full",
     "ACCELERATE_USE_MEGATRON_LM": "remove megatron_lm_config from accelerate's config",
 }
-SEVERAL = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "ACCELERATE_DYNAMO_BACKEND",
-)  # set by `accelerate launch` for several processes
+SEVERAL = ("MASTER_ADDR", "MASTER_PORT", "ACCELERATE_DYNAMO_BACKEND")  # from `accelerate launch` of several processes
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # by launchers that start them
 LOST = ("gloo", "Connection closed", "Connection reset", "NCCL", "Socket")  # in errors of a connection
 
