@@ -19,6 +19,7 @@ import lora
 from lora.fast import attention
 from lora.fast.attention import causal_attention, takes_attention
 from lora.fast.patch import Announcing
+from lora.fast.runtime import standing_for
 
 HEADS = [(1, 1), (3, 3), (4, 2), (6, 2), (3, 1)]  # of queries, of keys
 
@@ -118,6 +119,21 @@ def test_shared_keys_are_not_saved_for_each_query_head():
         causal_attention(*(x.requires_grad_() for x in (q, k, v)))
     numbers = 2 * 9 * 5
     assert sorted(x.numel() for x in saved) == sorted([6 * numbers, 2 * numbers, 2 * numbers, 6 * numbers, 2 * 9 * 6])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("rotated", ["", "q", "qk"])
+def test_v_holds_the_product_for_q_k_and_v_only_where_q_and_k_do(rotated, device):
+    product = torch.randn(2, 6, 4 * 4 + 2 * 4 + 2 * 4, device=device).requires_grad_()
+    q, k, v = (x.unflatten(-1, (-1, 4)).transpose(1, 2) for x in product.split([16, 8, 8], dim=-1))
+    q, k = q * 1 if "q" in rotated else q, k * 1 if "k" in rotated else k
+    saved: list[Tensor] = []
+    with standing_for("cpu"), saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        causal_attention(q, k, v)
+    memory = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() // 4 for x in saved}
+    tokens, out, lse = 2 * 6, 16, 4
+    assert (product.untyped_storage()._cdata in memory) == (rotated != "qk")
+    assert sum(memory.values()) == tokens * (32 + (16 if rotated == "q" else 0) + out + lse)
 
 
 @pytest.mark.parametrize("subset", [s for n in (1, 2) for s in itertools.combinations(range(3), n)], ids=str)

@@ -198,6 +198,28 @@ def test_a_deep_copy_of_a_fused_model_is_its_own():
     assert not any("forward" in vars(module) for module in twin.modules())
 
 
+@pytest.mark.parametrize("mode", ["none", "recompute", "selective"])
+def test_a_model_that_adds_to_a_result_in_place(mode):
+    """Llama 4 adds what its experts give to what the shared expert's down_proj gave."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "pad_token_id": 0}
+    config = AutoConfig.for_model("llama4_text", **sizes, num_local_experts=4, moe_layers=[1])
+    options = LoRAConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "down_proj"])
+    found = {}
+    for backend in ("reference", "fast"):
+        torch.manual_seed(0)
+        with lora.use_backend(backend):
+            model = lora.inject(AutoModelForCausalLM.from_config(config), options)
+            lora.for_training(model, checkpointing=mode)
+            ids = torch.arange(1, 25).view(2, 12)
+            loss = model(input_ids=ids, labels=ids).loss
+            found[backend] = [loss.detach(), *torch.autograd.grad(loss, lora.trainable_parameters(model))]
+    for one, other in zip(found["fast"], found["reference"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_a_fused_model_is_bit_identical(family, mode):

@@ -62,6 +62,31 @@ def test_linear_cross_entropy_with_nothing_to_learn():
     assert not dx.any()
 
 
+@pytest.mark.parametrize("name", ["linear", "mlp", "rms_norm", "layer_norm", "embedding", "multi_lora"])
+def test_a_result_may_be_changed_in_place(name):
+    """As Llama 4 does: it adds its experts' result to the shared expert's."""
+    x, weight = normal(3, 12).requires_grad_(), normal(12).requires_grad_()
+    gate, up, down = projection(20, 12), projection(20, 12), projection(12, 20)
+    A, B, scaling = normal(2, 3, 12).requires_grad_(), normal(2, 9, 3).requires_grad_(), torch.ones(2, dtype=F64)
+    ids, index = torch.tensor([1, 0, 4]), torch.tensor([1, 0, 1])
+    table = projection(12, 20)._replace(weight=normal(20, 12))
+    run, tensors = {
+        "linear": (lambda: fast.lora_linear(x, gate), leaves(x, gate)),
+        "mlp": (lambda: fast.lora_mlp(x, gate, up, down, activation="silu"), leaves(x, gate, up, down)),
+        "rms_norm": (lambda: fast.rms_norm(x, weight), [x, weight]),
+        "layer_norm": (lambda: fast.layer_norm(x, weight), [x, weight]),
+        "embedding": (lambda: fast.lora_embedding(ids, table), leaves(table)),
+        "multi_lora": (
+            lambda: fast.multi_lora_linear(x, Projection(normal(9, 12)), A, B, scaling, index), [x, A, B],
+        ),
+    }[name]  # fmt: skip
+    torch.manual_seed(0)
+    expected = torch.autograd.grad((run() * 2).sin().sum(), tensors)
+    torch.manual_seed(0)
+    for one, other in zip(torch.autograd.grad(run().mul_(2).sin().sum(), tensors), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- what is kept for the backward
 
 

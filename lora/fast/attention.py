@@ -41,7 +41,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
 
     Returns: tokens before heads, contiguous, as an output projection reads them.
     FLOPs: 4·batch·heads·head_dim·tokens²/2, and half of a block's square more for each block. Saved for backward: q,
-    k, v, the output, and a number for each head and token.
+    k, v, the output, and a number for each head and token; v as a copy where it would hold a larger buffer.
     """
     out: Tensor = CausalAttention.apply(q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)  # type: ignore[no-untyped-call]
     return out
@@ -70,6 +70,7 @@ class CausalAttention(FusedFunction):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        v = on_its_own(v, q, k)
         out, lse = torch.ops.lora.causal_attention(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
@@ -79,6 +80,18 @@ class CausalAttention(FusedFunction):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gradients = torch.ops.lora.causal_attention_backward(dout, *ctx.saved_tensors, ctx.scale)
         return *(dx.transpose(1, 2) for dx in gradients), None
+
+
+def on_its_own(v: Tensor, *others: Tensor) -> Tensor:
+    """v, copied where it alone of the kept tensors would hold a larger buffer: the product for q, k and v, a group's.
+
+    q and k are new tensors where they were rotated; where they are not, they hold that buffer anyway.
+    """
+    memory = v.untyped_storage()
+    held = any(x.untyped_storage()._cdata == memory._cdata for x in others)
+    if held or memory.nbytes() <= v.numel() * v.element_size():
+        return v
+    return v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def forward_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,7 @@ class Operations:
         self.count = 0  # first run: how many there are
         self.before = 0  # first run: tensors saved up to the end of the last one
         self.last: Product | None = None  # first run: what the last one made
+        self.versions: list[int] = []  # of these when they were made
         self.position: int | None = None  # second run: how many have begun
 
     def begins(self) -> bool | Product:
@@ -112,17 +113,21 @@ class Operations:
             return True
         if not self.is_read():
             return False
-        return True if self.last is None else [y.clone() for y in self.last]
+        if self.last is None or [y._version for y in self.last] != self.versions:
+            return True
+        return [y.clone() for y in self.last]
 
     def ends(self, product: Product, keepable: bool) -> None:
         """An operation has made and saved what it makes and saves.
 
-        What has a gradient nobody may change in place, as autograd sees to, so it can be kept without a copy.
+        Its product is kept without a copy, if it has a gradient; one that is changed in place afterwards is made again
+        after all.
         """
         if self.position is None:
             self.before = len(self.saved)
             if self.keeps and keepable and all(y.requires_grad for y in product):
                 self.last = [y.detach() for y in product]
+                self.versions = [y._version for y in product]
 
     def is_read(self) -> bool:
         """Whether the first run saved anything after its last operation."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora.fast.dora import dora_norm
+from lora.fast.operands import shaped
 from lora.fast.runtime import FusedFunction
 from lora.projection import Projection
 from lora.reference.embedding import check_ids, table_of
@@ -63,7 +64,7 @@ class LoRAEmbeddingFunction(FusedFunction):
                 adapted, h = h, (h * gain).to(table.dtype)
         ctx.save_for_backward(rows, lora_A, lora_B, su, gain, norm, adapted if ctx.needs_input_grad[4] else None)
         ctx.vocab, ctx.scaling, ctx.padding_idx = table.shape[0], scaling, padding_idx
-        return h.view(*ids.shape, h.shape[1])
+        return shaped(h, ids.shape)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:

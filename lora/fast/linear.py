@@ -45,10 +45,12 @@ from lora.fast.operands import (
     dense_of,
     factors_of,
     multiplied,
+    shaped,
 )
 from lora.fast.parts import TENSORS, Part, packed, unpacked
 from lora.fast.products import product, product_in
 from lora.fast.runtime import FusedFunction
+from lora.fast.source import NOTHING, source_of
 from lora.projection import Dropout, Projection
 
 
@@ -87,8 +89,13 @@ class Kept:
     adapted: tuple[Tensor | None, ...] = ()  # what g multiplies, [tokens, out], where m trains
     factors: Factors | None = None
 
+    @staticmethod
+    def count(parts: int) -> int:
+        """How many tensors `flat` has."""
+        return 2 + 4 * parts
+
     def flat(self) -> list[Tensor | None]:
-        """As autograd saves it, 2 + 4 tensors a part; factors that are the adapters themselves are left out."""
+        """As autograd saves it; factors that are the adapters themselves are left out."""
         cast = self.factors if self.factors is not None and self.factors.cast else None
         A, B = (None, (None,) * len(self.gains)) if cast is None else (cast.A, cast.B)
         return [self.u, A, *self.gains, *self.norms, *self.adapted, *B]
@@ -99,6 +106,12 @@ class Kept:
         u, A, *each = flat
         gains, norms, adapted, B = (tuple(each[i * len(parts) : (i + 1) * len(parts)]) for i in range(4))
         return cls(u, gains, norms, adapted, factors_of(parts, dtype) if A is None else Factors(A, B, True))
+
+
+def split(saved: Sequence[Tensor], *counts: int) -> list[Sequence[Tensor]]:
+    """Saved tensors in pieces of these sizes, and what is left."""
+    ends = [0, *itertools.accumulate(counts), len(saved)]
+    return [saved[first:end] for first, end in itertools.pairwise(ends)]
 
 
 class LoRAGroup(FusedFunction):
@@ -113,16 +126,18 @@ class LoRAGroup(FusedFunction):
         factors = factors_of(parts, rows.dtype)
         wanted = product_is_wanted()
         outputs, kept = forward_group(rows, parts, dropout, wants_m, wanted, factors=factors)
-        ctx.save_for_backward(rows if trains else None, *tensors, *kept.flat())
+        ctx.make_rows, source, _ = source_of(x, rows) if trains else NOTHING
+        ctx.save_for_backward(*tensors, *kept.flat(), *source)
         ctx.static, ctx.dropout, ctx.shape = static, dropout, x.shape
-        return tuple(h.view(*x.shape[:-1], h.shape[1]) for h in outputs)
+        return tuple(shaped(h, x.shape[:-1]) for h in outputs)
 
     @staticmethod
     def backward(ctx: Any, *dhs: Tensor) -> tuple[Any, ...]:
         count = len(ctx.static)
-        rows, *saved = ctx.saved_tensors
-        parts = packed(ctx.static, saved[: TENSORS * count])
-        kept = Kept.of(saved[TENSORS * count :], parts, dhs[0].dtype)
+        tensors, small, source = split(ctx.saved_tensors, TENSORS * count, Kept.count(count))
+        parts = packed(ctx.static, tensors)
+        kept = Kept.of(small, parts, dhs[0].dtype)
+        rows = ctx.make_rows(*source)
         dys = [as_rows(dh) for dh in dhs]
         needs = [ctx.needs_input_grad[3 + TENSORS * i : 3 + TENSORS * (i + 1)] for i in range(count)]
         dx, gradients = backward_group(dys, rows, parts, kept, ctx.dropout, ctx.needs_input_grad[0], needs)

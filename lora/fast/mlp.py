@@ -8,7 +8,6 @@ up in one product where the weights lie together.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +24,13 @@ from lora.fast.linear import (
     forward_group,
     input_gradient,
     part_gradients,
+    split,
     upstream_of,
 )
-from lora.fast.operands import as_autocast, as_rows, back_through, factors_of, row_blocks
+from lora.fast.operands import as_autocast, as_rows, back_through, factors_of, row_blocks, shaped
 from lora.fast.parts import MAX_RANK, TENSORS, LowRank, Part, flat_term, packed, unpacked
 from lora.fast.runtime import FusedFunction, runs_triton
+from lora.fast.source import NOTHING, source_of
 from lora.projection import Dropout, Projection
 from lora.reference.mlp import check_activation, hidden_dropout
 
@@ -70,17 +71,18 @@ class LoRAMLP(FusedFunction):
         h = gated_forward(g, z, activation, updates)  # [tokens, hidden]
         wanted = product_is_wanted()
         (y,), below = forward_group(h, parts[2:], hidden_dropout(dropout), wants_m[2:], wanted, factors=of_down)
-        ctx.save_for_backward(rows, g, z, *tensors, *above.flat(), *below.flat())
+        trains = any(ctx.needs_input_grad[4 : 4 + 2 * TENSORS])
+        ctx.make_rows, source, _ = source_of(x, rows) if trains else NOTHING
+        ctx.save_for_backward(g, z, *tensors, *above.flat(), *below.flat(), *source)
         ctx.static, ctx.activation, ctx.dropout, ctx.shape, ctx.adds = static, activation, dropout, x.shape, adds
-        return y.view(*x.shape[:-1], y.shape[1])
+        return shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        rows, g, z, *saved = ctx.saved_tensors
-        parts = packed(ctx.static, saved[: 3 * TENSORS])
-        small = saved[3 * TENSORS :]  # 2 + 4 tensors a part
-        above = Kept.of(small[:10], parts[:2], rows.dtype)
-        below = Kept.of(small[10:], parts[2:], rows.dtype)
+        counts = 2, 3 * TENSORS, Kept.count(2), Kept.count(1)
+        (g, z), tensors, of_two, of_one, source = split(ctx.saved_tensors, *counts)
+        parts = packed(ctx.static, tensors)
+        above, below = Kept.of(of_two, parts[:2], g.dtype), Kept.of(of_one, parts[2:], g.dtype)
         needs = [ctx.needs_input_grad[4 + TENSORS * i : 4 + TENSORS * (i + 1)] for i in range(3)]
         wants_x, dropout = ctx.needs_input_grad[0], hidden_dropout(ctx.dropout)
         needs_above = wants_x or any(any(need) for need in needs[:2])
@@ -94,6 +96,7 @@ class LoRAMLP(FusedFunction):
         if needs_above:
             dh, plus_dh = hidden_gradient(behind, parts[2:], below, dropout)
             dg, dz, h = gated_backward(dh, g, z, ctx.activation, (plus_dh, *updates), needs_h)
+            rows = ctx.make_rows(*source)
             dx, of_above = backward_group([dg, dz], rows, parts[:2], above, ctx.dropout, wants_x, needs[:2])
         elif needs_h:
             h = gated_forward(g, z, ctx.activation, updates)
@@ -132,9 +135,7 @@ def gated_forward(g: Tensor, z: Tensor, activation: str, updates: Updates = NO_U
     """h = act(g) ⊙ z, [tokens, hidden]; on kernels g and z may have an update to be added first."""
     if runs_triton(g):
         return library.gated_forward(g, z, activation, *flat_term(updates[0]), *flat_term(updates[1]))
-    if activation == "silu":
-        return F.silu(g).mul_(z)
-    return F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(z)
+    return activated(g, activation).mul_(z)
 
 
 def gated_backward(
@@ -154,27 +155,32 @@ def gated_backward(
     h = torch.empty_like(dz, memory_format=torch.contiguous_format) if with_h else None
     wide = torch.promote_types(g.dtype, torch.float32)
     for rows in row_blocks(g):
-        act, slope = activation_and_slope(g[rows].to(wide), activation)
-        act = act.to(dh.dtype)
-        dg[rows] = slope.mul_(z[rows]).mul_(dh[rows])
+        act = activated(g[rows], activation)
         if h is not None:
-            h[rows] = act * z[rows]
-        dz[rows] = act.mul_(dh[rows])
+            write_product(act, z[rows], h[rows])
+        write_product(act, dh[rows], dz[rows])
+        write_product(through_activation(dh[rows].to(wide), g[rows].to(wide), activation), z[rows], dg[rows])
     return dg, dz, h
 
 
-def activation_and_slope(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """act(g) and act'(g), elementwise, as new tensors."""
+def activated(g: Tensor, activation: str) -> Tensor:
+    """act(g), a new tensor."""
+    return F.silu(g) if activation == "silu" else F.gelu(g, approximate=GELU[activation])
+
+
+def through_activation(dact: Tensor, g: Tensor, activation: str) -> Tensor:
+    """dact ⊙ act'(g), in one pass of PyTorch's own."""
     if activation == "silu":
-        sigma = torch.sigmoid(g)
-        act = g * sigma
-        return act, torch.addcmul(sigma, act, 1 - sigma)  # σ + g σ (1 - σ)
-    if activation == "gelu":
-        cdf = torch.erf(g * math.sqrt(0.5)).add_(1).mul_(0.5)
-        density = torch.exp(-0.5 * g * g).div_(math.sqrt(2 * math.pi))
-        return g * cdf, torch.addcmul(cdf, g, density)
-    root = math.sqrt(2 / math.pi)
-    square = g * g
-    t = torch.tanh(root * g * (1 + 0.044715 * square))
-    slope = 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * root * (1 + 3 * 0.044715 * square)
-    return 0.5 * g * (1 + t), slope
+        return torch.ops.aten.silu_backward(dact, g)  # type: ignore[no-any-return]
+    return torch.ops.aten.gelu_backward(dact, g, approximate=GELU[activation])  # type: ignore[no-any-return]
+
+
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # PyTorch's names
+
+
+def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left ⊙ right, rounded once, without a tensor in between; a graph joins the two steps itself."""
+    if torch.compiler.is_compiling():
+        out.copy_(left * right)
+    else:
+        torch.mul(left, right, out=out)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora.fast import library
-from lora.fast.operands import as_autocast, as_rows, dense_of
+from lora.fast.operands import as_autocast, as_rows, dense_of, shaped
 from lora.fast.parts import Part, Static, flat_part, packed, unpacked
 from lora.fast.products import product
 from lora.fast.runtime import FusedFunction, runs_triton
@@ -97,7 +97,7 @@ def forward_tokens(
         h.add_(part.bias.to(h.dtype))
     su = groups.shrink(rows, lora_A.to(x.dtype), scaling)  # [tokens, r]
     groups.expand_(h, su, lora_B.to(x.dtype))
-    return h.view(*x.shape[:-1], h.shape[1]), su
+    return shaped(h, x.shape[:-1]), su
 
 
 def backward_tokens(

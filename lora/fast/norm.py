@@ -7,14 +7,16 @@ autograd would keep several float32 copies of x.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from lora.fast import library
-from lora.fast.operands import as_rows
+from lora.fast.operands import as_rows, shaped
 from lora.fast.runtime import FusedFunction, runs_triton
+from lora.fast.source import made_from
 
 
 @overload
@@ -54,8 +56,14 @@ def rms_norm(
 
     FLOPs: about 4 an element. Saved for backward: s, and 4 bytes a row.
     """
-    outputs = RMSNorm.apply(x, weight, residual, eps, offset, round_before_weight)  # type: ignore[no-untyped-call]
+    noted = keeps_input(x, residual)
+    outputs = RMSNorm.apply(x, weight, residual, eps, offset, round_before_weight, noted)  # type: ignore[no-untyped-call]
     return outputs[0] if residual is None else outputs  # type: ignore[no-any-return]
+
+
+def keeps_input(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether a norm's own backward keeps s, so that its result need not be kept (`lora.fast.source`)."""
+    return torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
 
 
 class RMSNorm(FusedFunction):
@@ -63,7 +71,7 @@ class RMSNorm(FusedFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float, rounds: bool
+        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float, rounds: bool, noted: bool
     ) -> tuple[Tensor, ...]:
         rows = as_rows(x)
         if runs_triton(rows):
@@ -75,14 +83,13 @@ class RMSNorm(FusedFunction):
             wide = s.to(torch.promote_types(s.dtype, torch.float32))
             norm = torch.linalg.vector_norm(wide, dim=1)
             rho = norm.square_().div_(s.shape[1]).add_(eps).rsqrt_()  # [tokens]
-            normed = wide * rho[:, None]
-            if rounds:
-                y = (normed.to(s.dtype) * (weight + offset)).to(s.dtype)
-            else:
-                y = normed.mul_(weight.to(wide.dtype) + offset).to(s.dtype)
+            y = normed_rows(s, weight, rho, eps, offset, rounds)
+        y = shaped(y, x.shape[:-1])
         ctx.save_for_backward(s, weight, rho)
+        if noted:
+            made_from(y, partial(normed_rows, eps=eps, offset=offset, rounds=rounds), s, weight, rho)
         ctx.offset, ctx.shape, ctx.sums = offset, x.shape, residual is not None
-        return (y.view(x.shape),) if residual is None else (y.view(x.shape), s.view(x.shape))
+        return (y,) if residual is None else (y, s.view(x.shape))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -97,7 +104,18 @@ class RMSNorm(FusedFunction):
             gradients = plain_rms_norm_backward(rows, s, weight, rho, ctx.offset, dsum, *wants)
         dx, dweight = (each if wanted else None for each, wanted in zip(gradients, wants, strict=True))
         dx = None if dx is None else dx.view(ctx.shape)
-        return dx if wants_x else None, dweight, dx if wants_residual else None, None, None, None
+        return dx if wants_x else None, dweight, dx if wants_residual else None, None, None, None, None
+
+
+def normed_rows(s: Tensor, weight: Tensor, rho: Tensor, eps: float, offset: float, rounds: bool) -> Tensor:
+    """y = (offset + w) ⊙ ρ s, [tokens, features]; kernels count ρ anew, in the same way."""
+    if runs_triton(s):
+        return library.rms_norm_forward(s, weight, None, eps, offset, rounds)[0]
+    wide = torch.promote_types(s.dtype, torch.float32)
+    normed = s.to(wide) * rho[:, None]
+    if rounds:
+        return (normed.to(s.dtype) * (weight + offset)).to(s.dtype)
+    return normed.mul_(weight.to(wide) + offset).to(s.dtype)
 
 
 def plain_rms_norm_backward(
@@ -146,7 +164,8 @@ def layer_norm(
 
     FLOPs: about 7 an element. Saved for backward: s, and 8 bytes a row.
     """
-    outputs = LayerNorm.apply(x, weight, bias, residual, eps)  # type: ignore[no-untyped-call]
+    noted = keeps_input(x, residual)
+    outputs = LayerNorm.apply(x, weight, bias, residual, eps, noted)  # type: ignore[no-untyped-call]
     return outputs[0] if residual is None else outputs  # type: ignore[no-any-return]
 
 
@@ -155,7 +174,7 @@ class LayerNorm(FusedFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, noted: bool
     ) -> tuple[Tensor, ...]:
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
         if runs_triton(rows):
@@ -163,13 +182,13 @@ class LayerNorm(FusedFunction):
             s = rows if residual is None else s
         else:
             s = rows if added is None else rows + added
-            wide = torch.promote_types(s.dtype, torch.float32)
-            b = None if bias is None else bias.to(wide)
-            y, mean, rho = torch.native_layer_norm(s.to(wide), s.shape[1:], weight.to(wide), b, eps)
-            y = y.to(s.dtype)
+            y, mean, rho = plain_layer_norm(s, weight, bias, eps)
+        y = shaped(y, x.shape[:-1])
         ctx.save_for_backward(s, weight, bias, mean, rho)
+        if noted:
+            made_from(y, partial(layer_normed_rows, eps=eps), s, weight, bias)
         ctx.shape, ctx.sums = x.shape, residual is not None
-        return (y.view(x.shape),) if residual is None else (y.view(x.shape), s.view(x.shape))
+        return (y,) if residual is None else (y, s.view(x.shape))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -184,7 +203,22 @@ class LayerNorm(FusedFunction):
             gradients = plain_layer_norm_backward(rows, s, weight, bias, mean, rho, dsum, *wants[:2])
         dx, dweight, dbias = (each if wanted else None for each, wanted in zip(gradients, wants, strict=True))
         dx = None if dx is None else dx.view(ctx.shape)
-        return dx if wants_x else None, dweight, dbias, dx if wants_residual else None, None
+        return dx if wants_x else None, dweight, dbias, dx if wants_residual else None, None, None
+
+
+def layer_normed_rows(s: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """y = w ⊙ (s - μ) ρ + b, [tokens, features]."""
+    if runs_triton(s):
+        return library.layer_norm_forward(s, weight, bias, None, eps)[0]
+    return plain_layer_norm(s, weight, bias, eps)[0]
+
+
+def plain_layer_norm(s: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y [tokens, features], μ and ρ [tokens, 1]: PyTorch's own."""
+    wide = torch.promote_types(s.dtype, torch.float32)
+    b = None if bias is None else bias.to(wide)
+    y, mean, rho = torch.native_layer_norm(s.to(wide), s.shape[1:], weight.to(wide), b, eps)
+    return y.to(s.dtype), mean, rho
 
 
 def plain_layer_norm_backward(

@@ -136,6 +136,14 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def shaped(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    """A result [tokens, features] that nobody else keeps, as [*lead, features].
+
+    Not a view in the eyes of autograd, which would forbid its owner to change it in place.
+    """
+    return torch.ops.aten._unsafe_view(rows, (*lead, rows.shape[1]))  # type: ignore[no-any-return]
+
+
 BLOCK = 1 << 16  # numbers for each thread: three operands of that many stay in its cache
 
 

@@ -59,6 +59,7 @@ PROOFS = {
     "dropout": plain("dropout", "dropout", "linear", "thresholds"),
     "dora": plain("dora", "dora", "linear"),
     "multi_lora": plain("multi_lora", "multi_lora", "left_over"),
+    "source": Proofs("source", ("tests/test_source.py",), (False,)),
     "attention": Proofs("attention", ("tests/test_attention.py",), (False,)),
     "checkpoint": CHECKPOINT,
     "kernels.nf4": interpreted("nf4", "nf4_kernels"),
