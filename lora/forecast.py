@@ -164,10 +164,10 @@ class Forecast:
         if not self.experts:
             return []
         kept = f", which stay in {self.settings['dtype']}" if self.settings["quantization"] == "nf4" else ""
-        return [
-            f"mixture of {self.experts} experts{kept}: memory and arithmetic are the same wherever tokens go; time takes "
-            "every expert to get some"
-        ]
+        lines = [f"mixture of {self.experts} experts{kept}: memory and arithmetic are the same wherever tokens go"]
+        if self.time is not None:
+            lines.append("  time takes every expert to get some, and was measured of no mixture")
+        return lines
 
     def _memory(self) -> list[str]:
         card, room = self.card, self.card.memory - self.card.reserve
@@ -295,8 +295,8 @@ class Forecaster:
 
     def predicted(self, settings: Mapping[str, Any]) -> Forecast:
         """The forecast of a step with these settings."""
-        named = {name: settings.get(name) for name in ("target_modules", "target_parameters")}
-        config = LoRAConfig(r=settings["rank"], **named)
+        modules, parameters = settings["target_modules"], settings.get("target_parameters")
+        config = LoRAConfig(r=settings["rank"], target_modules=modules, target_parameters=parameters)
         dtype = models.DTYPES[settings["dtype"]]
         model = skeleton(self.outline, self.name, config, settings["quantization"], dtype)
         dispatch.for_training(model)

@@ -179,7 +179,8 @@ class Plan(Mapping[str, str]):
 def _plan(measured: Measured, solution: Solution, limit: int, leanest: int) -> Plan:
     """The solution with what it was chosen from."""
     every = ["none", "selective", "recompute", *(["offload"] * (measured.device != "cpu"))]
-    choices = [_choices(b, every) | _choices(b, [mode]) for b, mode in zip(measured.blocks, solution.modes, strict=True)]
+    chosen = list(zip(measured.blocks, solution.modes, strict=True))
+    choices = [_choices(block, every) | _choices(block, [mode]) for block, mode in chosen]
     blocks = tuple(
         BlockPlan(
             block.path,
@@ -189,7 +190,7 @@ def _plan(measured: Measured, solution: Solution, limit: int, leanest: int) -> P
             block.arithmetic,
             there[mode].cost,
         )
-        for block, mode, there in zip(measured.blocks, solution.modes, choices, strict=True)
+        for (block, mode), there in zip(chosen, choices, strict=True)
     )
     plain = Problem(measured, ["none"])
     return Plan(

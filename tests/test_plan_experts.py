@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
+from test_plan import page_rows
 
 import lora
 from benchmarks import planning
@@ -96,6 +96,19 @@ def test_wherever_tokens_go_a_step_takes_the_same():
     assert used == [[True] * 3 + [False] * 5] * len(used)
 
 
+def test_the_page_s_measurements_are_within_a_tenth_of_what_is_predicted_today():
+    rows = page_rows("mixtures")
+    assert len(rows) == len(planning.MIXTURE_CASES)
+    for case, cells in zip(planning.MIXTURE_CASES, rows, strict=True):
+        assert cells[0] == case.kind and cells[2] == case.checkpointing
+        assert cells[1] == ("NF4" if case.quantization == "nf4" else "float32")
+        predicted, measured = (int(cell.replace(",", "")) for cell in cells[6:8])
+        assert predicted == pytest.approx(measured, rel=0.1)
+    for number in (1, 5):  # each takes a second
+        found = planning.predict_mixture(planning.MIXTURE_CASES[number])
+        assert found.peak / 2**20 == pytest.approx(int(rows[number][6].replace(",", "")), rel=0.01)
+
+
 @pytest.mark.parametrize(("kind", "parameters"), [("mixtral", None), ("qwen3_moe", BOTH)])
 def test_a_step_without_numbers_is_measured_as_a_live_one_is(kind, parameters):
     ids = torch.ones((2, 24), dtype=torch.long)
@@ -163,7 +176,12 @@ def test_the_command_says_what_was_taken_of_the_routing(tmp_path, capsys):
     words = ["plan", str(tmp_path), "--seq", "64", "--batch", "2", "--rank", "4", "--gpu", "h100"]
     assert cli.main([*words, "--quantization", "nf4"]) == 0
     text = capsys.readouterr().out
-    for part in ("experts' weights", "mixture of 4 experts, which stay in bfloat16", "the same wherever tokens go"):
+    for part in (
+        "experts' weights",
+        "mixture of 4 experts, which stay in bfloat16",
+        "the same wherever tokens go",
+        "measured of no mixture",
+    ):
         assert part in text
     assert cli.main([*words, "--target-parameters", ",".join(BOTH), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
