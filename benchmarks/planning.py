@@ -68,6 +68,38 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class MixtureCase:
+    """One configuration of a random mixture of experts on the CPU, on the fast backend."""
+
+    kind: str
+    quantization: str
+    checkpointing: str
+    batch: int
+    seq: int
+    rank: int
+    experts: bool  # whether adapters are on the experts, too
+
+
+MIXTURES: dict[str, dict[str, Any]] = {  # a 1/8 and a 1/4 of the published models' widths, with all their experts
+    "mixtral": {"hidden_size": 512, "intermediate_size": 1792, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "hidden_size": 512, "moe_intermediate_size": 192, "num_experts": 128, "num_experts_per_tok": 8,
+        "intermediate_size": 1536,
+    },
+}  # fmt: skip
+ALIKE = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8000}
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+MIXTURE_CASES = (
+    MixtureCase("mixtral", "none", "none", 2, 256, 16, False),
+    MixtureCase("mixtral", "nf4", "recompute", 2, 256, 16, False),
+    MixtureCase("mixtral", "nf4", "none", 2, 256, 16, True),
+    MixtureCase("qwen3_moe", "none", "none", 2, 256, 16, False),
+    MixtureCase("qwen3_moe", "nf4", "none", 2, 256, 16, False),
+    MixtureCase("qwen3_moe", "nf4", "recompute", 2, 256, 16, True),
+)
+
+
 # ---- measuring
 
 
@@ -191,6 +223,54 @@ def cpu_table() -> list[str]:
     return lines
 
 
+def mixture(case: MixtureCase) -> models.Outline:
+    """What there is to know of the model without its weights."""
+    from transformers import AutoConfig
+
+    return models.Outline(AutoConfig.for_model(case.kind, **ALIKE, **MIXTURES[case.kind]), None, False)
+
+
+def measure_mixture(case: MixtureCase) -> int:
+    """The allocator's peak, in this process."""
+    from transformers import AutoModelForCausalLM
+
+    with dispatch.use_backend("fast"):
+        model = AutoModelForCausalLM.from_config(mixture(case).config)
+        if case.quantization == "nf4":
+            lora.quantize(model)
+        lora.inject(model, lora.LoRAConfig(r=case.rank, target_parameters=EXPERTS if case.experts else None))
+        lora.for_training(model, case.checkpointing)
+        return measured_peak(model, case.batch, case.seq)
+
+
+def predict_mixture(case: MixtureCase) -> Forecast:
+    """The forecast of a case."""
+    settings = {name: getattr(case, name) for name in ("quantization", "checkpointing", "batch", "seq", "rank")}
+    settings |= {"grad_accumulation": 1, "dtype": "float32", "backend": "fast", "target_modules": "all-linear"}
+    settings["target_parameters"] = EXPERTS if case.experts else None
+    with dispatch.use_backend("fast"):
+        return Forecaster(f"the {case.kind}", mixture(case), card_named("cpu")).predicted(settings)
+
+
+def mixtures_table() -> list[str]:
+    """A row for each case: predicted and measured."""
+    lines = [
+        "| model | base | checkpointing | adapters | batch | experts' weights, MiB | predicted, MiB | measured, MiB "
+        "| off by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in MIXTURE_CASES:
+        found, measured = predict_mixture(case), measure_mixture(case)
+        base = "NF4" if case.quantization == "nf4" else "float32"
+        adapted = "experts, too" if case.experts else "linear layers"
+        lines.append(
+            f"| {case.kind} | {base} | {case.checkpointing} | {adapted} | {case.batch} x {case.seq} "
+            f"| {mib(found.held.experts)} | {mib(found.peak)} | {mib(measured)} | {found.peak / measured - 1:+.1%} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
 def mib(size: float) -> str:
     """Bytes as MiB."""
     return f"{size / 2**20:,.0f}"
@@ -290,19 +370,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="print the tables, write nothing")
     parser.add_argument("--measure", type=int, metavar="NUMBER", help="measure one case in this process")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the page [all]")
     options = parser.parse_args()
     if options.measure is not None:
         print(json.dumps(measure(CASES[options.measure])))
         return
-    tables = {"cpu": cpu_table(), "h100": h100_table(), "cards": cards_table()}
     about = (
         f"Run on {datetime.date.today()}: torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} of {os.cpu_count()} cores; {MODEL}."
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} of {os.cpu_count()} cores; "
     )
-    tables["cpu"] = [about, "", *tables["cpu"]]
-    if not options.dry_run:
-        for part, lines in tables.items():
+    models_of = {"cpu": MODEL, "mixtures": "random weights, three layers"}
+    for part in options.parts:
+        lines = PARTS[part]()
+        if part in models_of:
+            lines = [f"{about}{models_of[part]}.", "", *lines]
+        if not options.dry_run:
             write(part, lines)
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {
+    "cpu": cpu_table, "mixtures": mixtures_table, "h100": h100_table, "cards": cards_table,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def add_plan(command: Parser) -> None:
     _number(command, "--batch", "N", TrainConfig.batch_size, "sequences in one forward pass", int)
     _number(command, "--rank", "N", TrainConfig.r, "rank of the update", int)
     _number(command, "--grad-accumulation", "N", TrainConfig.grad_accumulation, "forward passes in one step", int)
+    command.add_argument("--target-parameters", metavar="NAMES", help="a mixture's, as for lora train")
     _choice(command, "--quantization", QUANTIZATIONS, "none", "nf4: the frozen weights in 4 bits")
     command.add_argument(
         "--gpu",
@@ -277,18 +278,10 @@ def plan(options: argparse.Namespace) -> None:
     with _set_up(options):
         from lora.forecast import forecast
 
-        found = forecast(
-            options.model,
-            seq=options.seq,
-            batch=options.batch,
-            rank=options.rank,
-            quantization=options.quantization,
-            gpu=options.gpu,
-            checkpointing=options.checkpointing,
-            grad_accumulation=options.grad_accumulation,
-            dtype=options.dtype,
-            reserve=options.reserve,
-        )
+        same = ("seq", "batch", "rank", "quantization", "gpu", "checkpointing", "grad_accumulation", "dtype", "reserve")
+        settings = {name: getattr(options, name) for name in same}
+        names = options.target_parameters and parse_flag("target_parameters", options.target_parameters)
+        found = forecast(options.model, target_parameters=names, **settings)
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)
 
 

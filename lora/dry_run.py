@@ -1,15 +1,16 @@
 """A training step run for its shapes: on the meta device, where tensors have sizes and no numbers.
 
 `lora.measure` counts what a step makes, keeps and frees. It does not care whether there are numbers in it, so that a
-model that this machine could not hold is measured as a live one is. Three things need numbers, or a device:
+model that this machine could not hold is measured as a live one is. Four things need numbers, or a device:
 
     whole numbers   labels are checked and counted, positions are looked at: tensors of integers and truth values that
                     come from nothing but such tensors are computed as well, beside their shapes
     attention       on the meta device PyTorch would write it out, scores and all; here it is the fused operator that a
                     device runs
     kernels         the fast backend's operators give their fake results where a GPU is meant (`lora.fast.runtime`)
+    experts         their grouped product has shapes that do not depend on the routing (`lora.experts`)
 
-A step that looks at any other number (a mixture of experts, which sends tokens where they belong) cannot be run so.
+A step that looks at any other number (a mixture that goes through its experts one by one, say) cannot be run so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lora.errors import LoRAError
+from lora.experts import GROUPED, grouped_result
 from lora.fast.runtime import standing_for
 from lora.fast.workspace import release_workspaces
 from lora.measure import Measured, arithmetic_of, measure
@@ -125,6 +127,8 @@ class WithoutNumbers(TorchDispatchMode):
         name = func._schema.name
         if name == "aten::_local_scalar_dense" and args[0].is_meta:
             return self.looked_at(args[0]).item()
+        if name == "aten::_to_copy" and args[0].is_meta and (kwargs.get("device") or args[0].device).type != "meta":
+            return func(self.looked_at(args[0]), **kwargs)  # tolist, say
         if name == "aten::nonzero" and args[0].is_meta:
             found = self.looked_at(args[0]).nonzero()
             result = found.to("meta")
@@ -132,7 +136,8 @@ class WithoutNumbers(TorchDispatchMode):
             return result
         if name in MASKED:
             args = (args[0], [at for index in args[1] for at in self.rows_of(index)], *args[2:])
-        result = func(*args, **kwargs)
+        grouped = name == GROUPED and args[0].is_meta
+        result = grouped_result(*args[:3]) if grouped else func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self.count(func, args, kwargs, made)
         if name not in UNFILLED:

@@ -4,6 +4,7 @@ Memory comes from a step run for its shapes alone (`lora.dry_run`), which the pl
 way. The largest moment of a step, by category:
 
     frozen weights   embeddings, head, norms, and linear layers that are not quantised
+    experts' weights of a mixture: stacked in one tensor for each layer, all in memory, never quantised
     NF4 weights      codes and scales, 4.127 bits a weight with double quantisation
     adapters, gradients, AdamW's two moments
     kept activations what the forward leaves for the backward, under the checkpointing that was chosen
@@ -19,11 +20,15 @@ Time is the largest of three, a roofline with the host as a third roof:
     arithmetic   FLOPs of the step, what checkpointing runs again included / (the card's rate · STEP_SHARE)
     memory       (weights once a pass + kept activations written and read + AdamW) / (bandwidth · COPY_SHARE)
     host         blocks · HOST_SECONDS
+
+Of a mixture, the arithmetic is that of the experts that each token is sent to, and the weights are those of all: with
+thousands of tokens every expert gets some. Experts that are adapted are made anew (W' = W + scaling · B A): a forward
+reads W and writes W' beside what the product reads, a backward writes the gradient of W' and reads it twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +39,7 @@ from lora import dispatch, models
 from lora.config import LoRAConfig
 from lora.dry_run import Rehearsal, rehearse
 from lora.errors import LoRAError, did_you_mean
+from lora.experts import experts_of
 from lora.gpus import COPY_SHARE, HOST_SECONDS, STEP_SHARE, Card, card_named
 from lora.meter import meter
 from lora.planner import Plan, largest_moment, planned, readable
@@ -78,6 +84,7 @@ class Forecast:
         fits: whether the peak is within the card's memory less the reserve.
         time: None where the card's rates are not known, or the step is not in bfloat16.
         would_fit: what to change, where it does not fit, each with its peak.
+        experts: of a layer of a mixture; else 0.
     """
 
     model: str
@@ -89,6 +96,7 @@ class Forecast:
     plan: Plan
     time: Time | None
     would_fit: list[tuple[str, int]] = field(default_factory=list)
+    experts: int = 0
 
     @property
     def peak(self) -> int:
@@ -111,6 +119,7 @@ class Forecast:
         words = [f"--max-length {s['seq']} --batch-size {s['batch']} --r {s['rank']} --dtype {s['dtype']}"]
         words += [f"--grad-accumulation {s['grad_accumulation']}"] * (s["grad_accumulation"] > 1)
         words += ["--quantization nf4"] * (s["quantization"] == "nf4")
+        words += [f"--target-parameters {','.join(names)}" for names in [s.get("target_parameters")] if names]
         alike = list(self.modes())
         if len(alike) > 1:
             words.append(f"--checkpointing auto --memory-budget {max(self.budget, self.plan.peak)}")
@@ -127,6 +136,7 @@ class Forecast:
             "card": self.card._asdict(),
             "parameters": self.held.parameters,
             "trainable": self.held.trainable,
+            "experts": self.experts,
             "memory": self.memory,
             "peak": self.peak,
             "fits": self.fits,
@@ -146,7 +156,18 @@ class Forecast:
             f"{self.model}: {held.parameters:,} frozen numbers, {held.trainable:,} trained (rank {s['rank']})",
             f"{s['batch']} sequences of {s['seq']:,} tokens, {s['dtype']}, quantization {s['quantization']}, "
             f"backend {s['backend']}",
+            *self._mixture(),
         ]
+
+    def _mixture(self) -> list[str]:
+        """Of a mixture of experts, what was taken of where its tokens go."""
+        if not self.experts:
+            return []
+        kept = f", which stay in {self.settings['dtype']}" if self.settings["quantization"] == "nf4" else ""
+        lines = [f"mixture of {self.experts} experts{kept}: memory and arithmetic are the same wherever tokens go"]
+        if self.time is not None:
+            lines.append("  time takes every expert to get some, and was measured of no mixture")
+        return lines
 
     def _memory(self) -> list[str]:
         card, room = self.card, self.card.memory - self.card.reserve
@@ -203,6 +224,7 @@ def forecast(
     grad_accumulation: int = 1,
     dtype: str = "auto",
     target_modules: str | list[str] = "all-linear",
+    target_parameters: Sequence[str] | None = None,
     reserve: int | str | None = None,
 ) -> Forecast:
     """Predicts one training step of `lora train`: memory by category, checkpointing, and time.
@@ -212,7 +234,7 @@ def forecast(
     Args:
         model: what `lora.load` takes: a hub id, a directory, a GGUF file, a packaged model's name.
         seq, batch: tokens of a sequence, and sequences in one forward; all are full, and every token is learnt.
-        rank, target_modules: of the adapter.
+        rank, target_modules, target_parameters: of the adapter.
         quantization: "none" or "nf4".
         gpu: a card's name, "cpu", or a size like "24GiB"; None is this machine's.
         grad_accumulation: forward passes in one optimizer step: beyond one, gradients wait while the next is computed.
@@ -221,7 +243,7 @@ def forecast(
         reserve: bytes of the card that tensors cannot have; see `lora.gpus.default_reserve`.
 
     Returns: a Forecast, which may say that nothing fits. Raises: LoRAError for a wrong argument, and for a model whose
-    memory depends on its data (mixtures of experts).
+    memory depends on its data (a mixture that goes through its experts one by one).
     """
     counts = {"seq": seq, "batch": batch, "rank": rank, "grad_accumulation": grad_accumulation}
     for name, value in counts.items():
@@ -245,6 +267,7 @@ def forecast(
         "dtype": {"auto": "float32" if card.kind == "cpu" else "bfloat16"}.get(dtype, dtype),
         "backend": dispatch.get_backend(),
         "target_modules": target_modules,
+        "target_parameters": target_parameters,
     }
     with meter("planning"):
         return Forecaster(model, outline, card).tried(settings)
@@ -272,15 +295,16 @@ class Forecaster:
 
     def predicted(self, settings: Mapping[str, Any]) -> Forecast:
         """The forecast of a step with these settings."""
-        config = LoRAConfig(r=settings["rank"], target_modules=settings["target_modules"])
+        modules, parameters = settings["target_modules"], settings.get("target_parameters")
+        config = LoRAConfig(r=settings["rank"], target_modules=modules, target_parameters=parameters)
         dtype = models.DTYPES[settings["dtype"]]
         model = skeleton(self.outline, self.name, config, settings["quantization"], dtype)
         dispatch.for_training(model)
         held = held_by(model)
         rehearsal = rehearse(model, settings["batch"], settings["seq"], self.card.kind)
         budget = self.card.memory - self.card.reserve - held.frozen - held.nf4 - 3 * held.trained
-        named = settings["checkpointing"]
-        modes = ["none", "selective", "recompute", "offload"] if named == "auto" else [named]
+        mode = settings["checkpointing"]
+        modes = ["none", "selective", "recompute", "offload"] if mode == "auto" else [mode]
         plan = planned(rehearsal.measured, WHATEVER, modes)
         if plan.peak > budget:
             plan = planned(rehearsal.measured, max(budget, plan.leanest), modes)
@@ -288,7 +312,8 @@ class Forecaster:
         waiting = settings["grad_accumulation"] > 1
         moment = largest_moment(rehearsal.measured, plan, gradients, held.trained, waiting)
         memory = {
-            "frozen weights": held.frozen,
+            "frozen weights": held.frozen - held.experts,
+            "experts' weights": held.experts,
             "NF4 weights": held.nf4,
             "adapters": held.trained,
             "gradients": moment.gradients,
@@ -299,7 +324,8 @@ class Forecaster:
         time = None
         if self.card.flops and self.card.bandwidth and dtype == torch.bfloat16:
             time = step_time(self.card.flops, self.card.bandwidth, rehearsal, plan, held, settings)
-        return Forecast(self.name, dict(settings), self.card, held, memory, budget, plan, time)
+        experts = experts_of(self.outline.config)
+        return Forecast(self.name, dict(settings), self.card, held, memory, budget, plan, time, experts=experts)
 
     def alternatives(self, settings: Mapping[str, Any]) -> list[tuple[str, int]]:
         """Changes that make it fit, each the smallest of its kind, with their peaks."""
@@ -361,6 +387,7 @@ def step_time(
     if held.nf4:  # decoded: written once and read once more, in the type of the products
         weights += 2 * 2 * (held.parameters - held.frozen // 2)
     moved = passes * weights + 2 * plan.kept + OPTIMIZER_PASSES * held.trained
+    moved += held.rebuilt * (2 * (passes - 1) + 3)  # by each forward, and by the backward
     return Time(
         arithmetic=work / (flops * STEP_SHARE),
         memory=moved / (bandwidth * COPY_SHARE),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -328,7 +329,8 @@ class LoRAParameter(AdapterLayer):
         if lora_A is None or lora_B is None or not isinstance(weight, Tensor):
             raise TypeError("an active adapter has A and B, and NF4 holds matrices only")
         add = torch.addmm if weight.dim() == 2 else torch.baddbmm
-        with torch.autocast(weight.device.type, enabled=False):
+        kind = weight.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             adapted = add(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling)
         return adapted.mT if self.transposed else adapted
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lora import dispatch
 from lora.adapters import state_of
 from lora.errors import LoRAError
+from lora.experts import GROUPED, grouped_arithmetic
 from lora.fast.checkpoint import Operations, Product, reporting
 from lora.fast.workspace import workspaces_on
 from lora.layers import adapter_layers
@@ -338,6 +339,8 @@ def arithmetic_of(func: Any, args: Any, kwargs: Any, made: Sequence[Tensor]) -> 
     name = func._schema.name.removesuffix("_")  # in place, or into a buffer, it is the same product
     if name in PRODUCTS:  # 2 · results · terms
         return int(2 * made[0].numel() * args[PRODUCTS[name]].shape[-1])
+    if name == GROUPED:
+        return grouped_arithmetic(*args[:2])
     if is_attention(func, args, kwargs):  # q·kᵀ and p·v: 4 · queries · keys · features
         query, key = args[:2]
         heads_first = "_scaled_dot_product" in func.name() or func.name() == "lora::causal_attention"

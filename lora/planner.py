@@ -178,17 +178,19 @@ class Plan(Mapping[str, str]):
 
 def _plan(measured: Measured, solution: Solution, limit: int, leanest: int) -> Plan:
     """The solution with what it was chosen from."""
-    problem = Problem(measured, ["none", "selective", "recompute", *(["offload"] * (measured.device != "cpu"))])
+    every = ["none", "selective", "recompute", *(["offload"] * (measured.device != "cpu"))]
+    chosen = list(zip(measured.blocks, solution.modes, strict=True))
+    choices = [_choices(block, every) | _choices(block, [mode]) for block, mode in chosen]
     blocks = tuple(
         BlockPlan(
             block.path,
             mode,
-            {name: choice.kept for name, choice in choices.items()},
+            {name: choice.kept for name, choice in there.items()},
             block.working,
             block.arithmetic,
-            choices[mode].cost,
+            there[mode].cost,
         )
-        for block, mode, choices in zip(measured.blocks, solution.modes, problem.choices, strict=True)
+        for (block, mode), there in zip(chosen, choices, strict=True)
     )
     plain = Problem(measured, ["none"])
     return Plan(
@@ -334,7 +336,7 @@ def largest_moment(
 
 
 def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
-    """What each mode means for this block; "selective" only where it has something to keep."""
+    """What each mode means for this block; "selective" where it has something to keep, or where there is no other."""
     arithmetic = block.arithmetic - block.left_out
     thrifty = arithmetic - block.spared
     again, both = block.input + block.working_again, block.input + block.selective
@@ -344,7 +346,8 @@ def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
         "recompute": Choice(block.input, again, arithmetic, 0),
         "offload": Choice(0, again, arithmetic, 2 * block.input),
     }
-    return {mode: every[mode] for mode in modes if mode != "selective" or block.selective}
+    only = not {*modes} - {"selective"}
+    return {mode: every[mode] for mode in modes if mode != "selective" or block.selective or only}
 
 
 # ---- words and numbers

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from lora import dispatch, models
 from lora.config import LoRAConfig
-from lora.errors import LoRAError
+from lora.experts import rebuilt_bytes, stacked_bytes
 from lora.nf4_layer import NF4Linear
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configs
 
 
 def skeleton(outline: models.Outline, name: str, config: LoRAConfig, quantization: str, dtype: torch.dtype) -> Any:
@@ -28,17 +26,9 @@ def skeleton(outline: models.Outline, name: str, config: LoRAConfig, quantizatio
         quantization: "none" or "nf4"; a checkpoint in NF4 stays so.
         dtype: of the weights that are not quantised.
 
-    Raises: LoRAError for a mixture of experts, whose memory depends on its tokens, and as `lora.inject` does.
+    Raises: LoRAError as `lora.inject` does.
     """
     transformers: Any = import_module("transformers")
-    text = outline.config.get_text_config()
-    experts = next((int(n) for key in EXPERTS if (n := getattr(text, key, None))), 0)
-    if experts > 1:
-        raise LoRAError(
-            f"{name} is a mixture of {experts} experts, and how many tokens each of them gets depends on the data, so "
-            "that its memory cannot be predicted. Plan with the model itself: lora.plan_checkpointing(model, batch, "
-            "budget)."
-        )
     with models.building(name), torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(outline.config, dtype=dtype)
     if quantization == "nf4":
@@ -68,6 +58,8 @@ class Held(NamedTuple):
     trained: int  # adapters, and what else has gradients
     parameters: int  # numbers that the frozen weights stand for
     trainable: int  # numbers that train
+    experts: int  # of `frozen`: parameters of several matrices each, which NF4 leaves as they are
+    rebuilt: int  # of `frozen`: what target_parameters adapts, and each forward makes anew
 
 
 def held_by(model: nn.Module) -> Held:
@@ -84,4 +76,6 @@ def held_by(model: nn.Module) -> Held:
         sum(x.nbytes for x in trained),
         numbers + sum(x.numel() for x in frozen if isinstance(x, nn.Parameter)),
         sum(x.numel() for x in trained),
+        stacked_bytes(model),
+        rebuilt_bytes(model),
     )

@@ -147,10 +147,13 @@ def test_whole_runs_are_the_run_of_one_process_and_end_together(tmp_path: Path) 
     ends = json.loads((tmp_path / "ends.json").read_text())
     for name in ("two", "two, then one", "two, then four", "one, then four sharded", "terminated, then one"):
         same_run(tmp_path / name, tmp_path / "one", ends[name])
-    for name in ("two sharded", "two sharded, then one"):
+    for name in ("two sharded", "two sharded, then one", "two in nf4", "killed in nf4, then one"):
         same_run(tmp_path / name, tmp_path / "one in nf4", ends[name])
     for name in ("two", "two sharded"):
         very_same_run(tmp_path / f"{name}, then two", tmp_path / name, ends[f"{name}, then two"])
+    killed = [code for code, _ in ends["killed in nf4"]]
+    assert -9 in killed and 0 not in killed  # the slower one may have noticed that the other is gone
+    very_same_run(tmp_path / "killed in nf4, then two", tmp_path / "two in nf4", ends["killed in nf4, then two"])
     one_says(ends["terminated"], 143, r"terminated \(SIGTERM\) after step \d of 8; .*checkpoint-\d is saved")
     one_says(ends["two, then three"], 2, "4 batches of 3, which 3 processes cannot share alike")
     one_says(ends["two, then four of more"], 2, "2 × 2 then, 3 × 4 now")

@@ -339,11 +339,6 @@ def test_wrong_arguments_are_named(tmp_path, capsys, words, message):
 
 
 def test_models_that_cannot_be_counted(tmp_path, capsys):
-    from transformers import MixtralConfig
-
-    MixtralConfig(hidden_size=32, num_hidden_layers=2, num_local_experts=4).save_pretrained(tmp_path)
-    assert cli.main(["plan", str(tmp_path), "--gpu", "h100"]) == 2
-    assert "is a mixture of 4 experts" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path / "nowhere"), "--gpu", "h100"]) == 2
     assert "There is no file or directory" in capsys.readouterr().err
 

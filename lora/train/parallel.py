@@ -14,9 +14,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lora.distributed import same_start, shard, share_of
+from lora.experts import experts_of
 from lora.train.loss import NextTokenLoss
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in configs of mixtures
 
 
 class Step(nn.Module):
@@ -55,8 +54,7 @@ def replicated(loss: NextTokenLoss) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     same_start(loss.model)
-    config = loss.model.config.get_text_config()
-    some_unused = any(getattr(config, name, None) for name in EXPERTS)  # an expert may get no token of this process
+    some_unused = experts_of(loss.model.config) > 0  # an expert may get no token of this process
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
     options: dict[str, Any] = {"init_sync": False, buffers: False, "find_unused_parameters": some_unused}

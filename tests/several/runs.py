@@ -69,9 +69,9 @@ class Runs:
         (output / "result.json").unlink(missing_ok=True)
         self.train(name, count, accumulation, "--resume", *more)
 
-    def broken(self, name: str, break_in: Callable[[int], Any]) -> None:
+    def broken(self, name: str, break_in: Callable[[int], Any], *more: str) -> None:
         """A run on two processes, each in the context that `break_in` gives it."""
-        words = ["train", *self.words(name, 2)]
+        words = ["train", *self.words(name, 2, *more)]
 
         def work(rank: int) -> int:
             with break_in(rank):
@@ -127,6 +127,10 @@ def run_all(runs: Runs) -> None:
     runs.resume("two, then two", "two", 3, 2, 2)
     runs.resume("two sharded, then two", "two sharded", 3, 2, 2, "--sharding", "full", *in_nf4)
     runs.resume("two sharded, then one", "two sharded", 3, 1, 2, *in_nf4)
+    runs.train("two in nf4", 2, 2, *in_nf4)
+    runs.broken("killed in nf4", lambda _: at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL)), *in_nf4)
+    runs.resume("killed in nf4, then two", "killed in nf4", 99, 2, 2, *in_nf4)
+    runs.resume("killed in nf4, then one", "killed in nf4", 99, 1, 2, *in_nf4)
     runs.resume("two, then three", "two", 3, 3, 2)
     runs.resume("two, then four of more", "two", 3, 4, 3)
     runs.stopped("terminated", 1)
