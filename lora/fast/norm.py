@@ -71,7 +71,14 @@ class RMSNorm(FusedFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float, rounds: bool, noted: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        offset: float,
+        rounds: bool,
+        noted: bool,
     ) -> tuple[Tensor, ...]:
         rows = as_rows(x)
         if runs_triton(rows):
