@@ -160,9 +160,9 @@ def saved(model: Any, request: Request) -> int:
 def floor_bytes(model: Any, sequences: int, length: int, checkpointing: str) -> int:
     """From shapes: A and B four times (with gradients and moments), and the least that the backward must find.
 
-    A block keeps, by the docstrings of its operations, x of q, k, v and of gate and up (the two norms' outputs), both
-    norms' inputs, q, k, v and attention's result, gate and up, and each adapter's u. With recomputation it keeps its
-    input, and one block at a time the rest. The loss keeps dx of the head. Rows of single numbers are left out.
+    A block keeps, by the docstrings of its operations, both norms' inputs (their outputs are made again), q, k, v and
+    attention's result, gate and up, and each adapter's u. With recomputation it keeps its input, and one block at a time
+    the rest. The loss keeps dx of the head. Rows of single numbers are left out.
     """
     config, tokens = model.config, sequences * length
     sizes = models.frozen_linears(model)
@@ -170,7 +170,7 @@ def floor_bytes(model: Any, sequences: int, length: int, checkpointing: str) -> 
     hidden, ffn = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     qkv = heads * hidden // config.num_attention_heads
-    block = 5 * hidden + qkv + 2 * ffn + len(sizes) // config.num_hidden_layers * models.R
+    block = 3 * hidden + qkv + 2 * ffn + len(sizes) // config.num_hidden_layers * models.R
     blocks = config.num_hidden_layers * block
     if checkpointing == "recompute":
         blocks = (config.num_hidden_layers - 1) * hidden + block

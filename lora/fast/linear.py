@@ -66,6 +66,9 @@ def lora_linear(x: Tensor, projection: Projection, *, dropout: Dropout | None = 
     - autocast: x, W and b are copies in its type, made for this call, of which W's in·out and b's out numbers are
       additional (NF4's codes are not copied), and A and B are of another type, as above;
     - dropout: nothing. The mask is counted again, and D(x) made again from x.
+
+    Where x is a norm's result, what the norm keeps in any case is kept instead of x, and x is made again from that
+    (`lora.fast.source`).
     """
     return project_group(x, [projection], dropout)[0]
 

@@ -44,7 +44,7 @@ def lora_mlp(
     numbers. Besides these what `lora_linear` saves: copies of adapters of another type than x, Σ r·(in_i + out_i);
     DoRA's g and norm, 2·(2·hidden + out), and tokens·(2·hidden + out) while the magnitudes train; with autocast copies
     of the weights, hidden·(2·in + out), so that gate and up no longer lie together. Dropout saves nothing: neither
-    mask, nor D(x), nor D(h).
+    mask, nor D(x), nor D(h). A norm's result x is not kept either, but made again (`lora.fast.source`).
     """
     check_activation(activation)
     x, projections = as_autocast(x, [gate, up, down])

@@ -20,7 +20,7 @@ def lora_qkv(
     Besides these what `lora_linear` saves, three times: copies of adapters of another type than x, Σ r·(in + out), of
     all A's where only one is of another; DoRA's g and norm, 2·Σ out, and tokens·Σ out while the magnitudes train; with
     autocast copies of the weights, in·Σ out, which no longer lie together: x then goes through three products. Dropout
-    saves nothing.
+    saves nothing. A norm's result x is not kept either, but made again (`lora.fast.source`).
     """
     hq, hk, hv = project_group(x, [q, k, v], dropout)
     return hq, hk, hv
