@@ -17,6 +17,7 @@ from lora.testing.mutants.written_kernels import KERNELS as WRITTEN_KERNELS
 from lora.testing.mutants.written_kernels import OFFSETS
 
 PROOF, KERNELS = "tests/proof/test_{}.py", "tests/kernels/test_{}.py"
+KEPT = "tests/test_source.py"
 
 
 class Proofs(NamedTuple):
@@ -32,6 +33,11 @@ def plain(operation: str, *names: str) -> Proofs:
     return Proofs(operation, tuple(PROOF.format(name) for name in names or (operation,)), (False, True))
 
 
+def with_kept(proofs: Proofs) -> Proofs:
+    """The same, and then the tests of what is kept of an input."""
+    return proofs._replace(proofs=(*proofs.proofs, KEPT))
+
+
 def interpreted(operation: str, own: str, *more: str) -> Proofs:
     """The same proofs in Triton's interpreter, after them the kernel's own tests, and more proofs."""
     proofs = (PROOF.format(operation), KERNELS.format(own), *(PROOF.format(name) for name in more))
@@ -44,14 +50,14 @@ CHECKPOINT = Proofs(  # bits by the proofs, memory and what is run again by the 
     (False,),
 )
 PROOFS = {
-    "linear": plain("linear", "linear", "qkv"),
+    "linear": with_kept(plain("linear", "linear", "qkv")),
     "operands": plain("linear", "qkv", "linear", "mlp", "operands"),
     "products": Proofs("linear", ("tests/test_products.py", PROOF.format("qkv")), (False,)),
     "parts": plain("linear", "linear", "qkv", "mlp"),
     "qkv": plain("qkv"),
-    "mlp": plain("mlp"),
+    "mlp": with_kept(plain("mlp")),
     "embedding": plain("embedding", "embedding", "accumulation"),
-    "norm": plain("norm"),
+    "norm": with_kept(plain("norm")),
     "rope": plain("rope"),
     "loss": plain("loss", "loss", "large_logits"),
     "nf4": plain("nf4", "nf4", "linear", "qkv", "left_over"),
@@ -59,7 +65,7 @@ PROOFS = {
     "dropout": plain("dropout", "dropout", "linear", "thresholds"),
     "dora": plain("dora", "dora", "linear"),
     "multi_lora": plain("multi_lora", "multi_lora", "left_over"),
-    "source": Proofs("source", ("tests/test_source.py",), (False,)),
+    "source": Proofs("source", (KEPT,), (False,)),
     "attention": Proofs("attention", ("tests/test_attention.py",), (False,)),
     "checkpoint": CHECKPOINT,
     "kernels.nf4": interpreted("nf4", "nf4_kernels"),
