@@ -127,20 +127,21 @@ def backward_blocks(
         whole = kernel(dout, q, repeated(k, group), repeated(v, group), out, lse, 0.0, True, scale=scale)
         dq, dk, dv = (dx.transpose(1, 2).contiguous() for dx in whole)
         return dq, dk.unflatten(2, (-1, group)).sum(3), dv.unflatten(2, (-1, group)).sum(3)
-    dq, dk, dv = (torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v))
     for rows, mask in blocks(tokens, group, q):
         dout_rows, q_rows, out_rows = (stacked(x[:, :, rows], group) for x in (dout, q, out))
         lse_rows = stacked(lse[:, :, rows, None], group).squeeze(-1)
         of_rows = dq[:, rows].transpose(1, 2)
-        for seen, hidden in ((rows, mask), (slice(0, rows.start), None)):
+        # its own block is the first that a query meets, and that a key is met by: the others add to it
+        for seen, hidden, put in ((rows, mask, Tensor.copy_), (slice(0, rows.start), None, Tensor.add_)):
             if seen.stop:
                 dq_rows, dk_seen, dv_seen = kernel(
                     dout_rows, q_rows, k[:, :, seen], v[:, :, seen], out_rows, lse_rows, 0.0, False, attn_mask=hidden,
                     scale=scale,
                 )  # fmt: skip
-                of_rows.add_(unstacked(dq_rows, group))
-                dk[:, seen].add_(dk_seen.transpose(1, 2))
-                dv[:, seen].add_(dv_seen.transpose(1, 2))
+                put(of_rows, unstacked(dq_rows, group))
+                put(dk[:, seen], dk_seen.transpose(1, 2))
+                put(dv[:, seen], dv_seen.transpose(1, 2))
     return dq, dk, dv
 
 
