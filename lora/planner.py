@@ -178,17 +178,17 @@ class Plan(Mapping[str, str]):
 
 def _plan(measured: Measured, solution: Solution, limit: int, leanest: int) -> Plan:
     """The solution with what it was chosen from."""
-    problem = Problem(measured, ["none", "selective", "recompute", *(["offload"] * (measured.device != "cpu"))])
+    modes = ["none", "selective", "recompute", *(["offload"] * (measured.device != "cpu"))]
     blocks = tuple(
         BlockPlan(
             block.path,
             mode,
-            {name: choice.kept for name, choice in choices.items()},
+            {name: choice.kept for name, choice in (_choices(block, modes) | _choices(block, [mode])).items()},
             block.working,
             block.arithmetic,
-            choices[mode].cost,
+            _choices(block, [mode])[mode].cost,
         )
-        for block, mode, choices in zip(measured.blocks, solution.modes, problem.choices, strict=True)
+        for block, mode in zip(measured.blocks, solution.modes, strict=True)
     )
     plain = Problem(measured, ["none"])
     return Plan(
@@ -334,7 +334,7 @@ def largest_moment(
 
 
 def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
-    """What each mode means for this block; "selective" only where it has something to keep."""
+    """What each mode means for this block; where "selective" has nothing to keep, it is "recompute", and left out."""
     arithmetic = block.arithmetic - block.left_out
     thrifty = arithmetic - block.spared
     again, both = block.input + block.working_again, block.input + block.selective
@@ -344,7 +344,8 @@ def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
         "recompute": Choice(block.input, again, arithmetic, 0),
         "offload": Choice(0, again, arithmetic, 2 * block.input),
     }
-    return {mode: every[mode] for mode in modes if mode != "selective" or block.selective}
+    twice = "recompute" in modes and not block.selective
+    return {mode: every[mode] for mode in modes if mode != "selective" or not twice}
 
 
 # ---- words and numbers
