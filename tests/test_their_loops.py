@@ -616,6 +616,29 @@ def test_accelerate_accumulates_by_tokens(backend, tmp_path):
         assert float((found - gradient).abs().max()) <= ROUNDING * float(gradient.abs().max()), name
 
 
+@both_backends
+def test_accelerate_saves_its_state_and_goes_on_from_it(backend, tmp_path):
+    with lora.use_backend(backend):
+        _, ours = pair(tmp_path)
+        lora.for_training(ours)
+        accelerator = accelerate.Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW(lora.trainable_parameters(ours), lr=1e-2)
+        model, optimizer = accelerator.prepare(ours, optimizer)
+
+        def a_step() -> dict[str, Tensor]:
+            optimizer.zero_grad()
+            accelerator.backward(model(IDS, labels=IDS).loss)
+            optimizer.step()
+            return start_of(ours)
+
+        first = a_step()
+        accelerator.save_state(str(tmp_path / "state"))
+        expected = a_step()
+        accelerator.load_state(str(tmp_path / "state"))
+        assert_equal(start_of(ours), first)
+        assert_equal(a_step(), expected)
+
+
 # ---- packing
 
 
