@@ -91,7 +91,12 @@ def convert(path: Path, directory: Path) -> None:
 
 
 def check_architecture(file: GGUFFile) -> None:
-    """Raises LoRAError unless the architecture, and what it makes use of, is one that is converted faithfully."""
+    """Raises LoRAError unless it is a model whose architecture, and what that makes use of, is converted faithfully."""
+    if file.get("general.type", "model") == "adapter":
+        raise LoRAError(
+            f"{file.path} is an adapter for llama.cpp, not a model: name its base model. lora.load_adapter and "
+            "--adapter read the directory that it was exported from."
+        )
     if file.architecture not in ARCHITECTURES:
         raise LoRAError(
             f"{file.path} has architecture {file.architecture!r}; GGUF loading supports {', '.join(ARCHITECTURES)}. "

@@ -74,17 +74,20 @@ def meter(doing: str, total: int = 0, things: str = "") -> Iterator[Meter]:
     if found.port is None:
         yield found
         return
-    token, over = _current.set(found), threading.Event()
+    token, over, thread = _current.set(found), threading.Event(), None
     if outer is not None:
         outer.inner = found
     elif not found.port.live:
-        threading.Thread(target=_now_and_then, args=(found, found.port, over), daemon=True).start()
+        thread = threading.Thread(target=_now_and_then, args=(found, found.port, over), daemon=True)
+        thread.start()
     if found.port.live:
         found.port.show(f"{doing} ...")
     try:
         yield found
     finally:
         over.set()
+        if thread is not None:  # or a process that ends now may abort: the thread could hold the last tensors
+            thread.join()
         _current.reset(token)
         if outer is not None:
             outer.inner = None

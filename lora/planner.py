@@ -336,7 +336,7 @@ def largest_moment(
 
 
 def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
-    """What each mode means for this block; "selective" where it has something to keep, or where there is no other."""
+    """What each mode means for this block; where "selective" has nothing to keep, it is "recompute", and left out."""
     arithmetic = block.arithmetic - block.left_out
     thrifty = arithmetic - block.spared
     again, both = block.input + block.working_again, block.input + block.selective
@@ -346,8 +346,8 @@ def _choices(block: Block, modes: Sequence[str]) -> dict[str, Choice]:
         "recompute": Choice(block.input, again, arithmetic, 0),
         "offload": Choice(0, again, arithmetic, 2 * block.input),
     }
-    only = not {*modes} - {"selective"}
-    return {mode: every[mode] for mode in modes if mode != "selective" or block.selective or only}
+    twice = "recompute" in modes and not block.selective
+    return {mode: every[mode] for mode in modes if mode != "selective" or not twice}
 
 
 # ---- words and numbers

@@ -494,6 +494,9 @@ def test_the_command_writes_both_formats_and_says_how_to_serve(files: dict[str, 
     merged = lora.merge_and_eject(model)
     expected = weights_of(write(files["out"] / "merged.gguf", merged))
     assert_same_weights(served_by_llama_cpp(files["model"], files["file"]), expected, weights_of(files["model"]))
+    for read in (lora.load, lora.models.outline_of):
+        with pytest.raises(LoRAError, match=r"\.gguf is an adapter for llama\.cpp, not a model: name its base"):
+            read(files["file"])
 
 
 ERRORS: dict[str, tuple[list[str], str]] = {

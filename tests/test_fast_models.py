@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import assert_same, snapshot, tiny_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,6 +173,24 @@ def test_state_dict_and_tied_weights_survive_fusing(tmp_path):
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in model.named_parameters())
+
+
+def test_a_fused_model_s_state_dict_is_no_part_of_anything(tmp_path):
+    """Weights that lie one after another are tensors of their own to who writes files, and take no more memory."""
+    model = lora.inject(tiny_llama(), LoRAConfig(r=2))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    lora.fast.for_training(model)
+    for each in (model, copy.deepcopy(model)):
+        state = each.state_dict()
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
+        assert all(value.data_ptr() == each.get_parameter(name).data_ptr() for name, value in state.items())
+        save_file(state, tmp_path / "state.safetensors")
+        found = load_file(tmp_path / "state.safetensors")
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert any(module._state_dict_hooks for module in model.modules())
+    lora.fast.eject(each)
+    unfuse(model)
+    assert not any(module._state_dict_hooks for both in (model, each) for module in both.modules())
 
 
 def test_fusing_twice_is_fusing_once_and_unfusing_gives_memory_back():

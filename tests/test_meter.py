@@ -123,6 +123,20 @@ def test_lines_come_now_and_then(pipe: io.StringIO, monkeypatch: pytest.MonkeyPa
     assert pipe.getvalue().count("\n") == 1
 
 
+def test_its_thread_is_over_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run says holds its model. A thread that is the last to let it go, as the process ends, aborts that."""
+    monkeypatch.setattr(meter, "FIRST", 0.0)
+    saying, before = threading.Event(), threading.active_count()
+
+    def slowly(text: str) -> None:
+        saying.set()
+        time.sleep(0.2)
+
+    with meter.shown_by(slowly, live=False), meter.meter("loading the model"):
+        assert saying.wait(10)
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize(("name", "value"), [("LORA_PROGRESS", "off"), ("RANK", "1")])
 def test_nothing_is_said_where_it_is_not_wanted(
     pipe: io.StringIO, monkeypatch: pytest.MonkeyPatch, name: str, value: str

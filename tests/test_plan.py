@@ -80,6 +80,7 @@ def live(model, quantization: str, rank: int):
         ("auto", "qwen3", "none", "recompute", 2, 100, 4),
         ("auto", "gpt2", "none", "none", 2, 100, 4),
         ("reference", "gpt2", "none", "recompute", 2, 64, 4),
+        ("reference", "gpt2", "none", "selective", 2, 64, 4),
         ("reference", "middle", "none", "none", 2, 128, 8),
         ("reference", "wide", "nf4", "recompute", 2, 64, 16),
     ],

@@ -302,6 +302,22 @@ def test_what_every_checkpoint_holds_belongs_to_no_plan():
     assert sums.kept_by(["offload", "recompute"]) == 100 + 9
 
 
+def test_selective_without_fused_attention_is_recompute():
+    """Eager attention leaves it nothing to keep: the plans, and the bytes, of "recompute"."""
+    with lora.use_backend("reference"):
+        model = adapted()
+        model.set_attn_implementation("eager")
+        again = lora.plan_checkpointing(model, BATCH, "1GiB", modes=["recompute"])
+        plan = lora.plan_checkpointing(model, BATCH, "1GiB", modes=["selective"])
+        assert set(plan.values()) == {"selective"} and plan.peak == again.peak
+        assert [block.kept["selective"] for block in plan.blocks] == [block.kept["recompute"] for block in again.blocks]
+        for other in ("selective", "recompute"):
+            least = lora.plan_checkpointing(model, BATCH, again.leanest, modes=["none", other])
+            assert set(least.values()) == {other}
+        both = lora.plan_checkpointing(model, BATCH, again.leanest)
+        assert set(both.values()) == {"recompute"} and not any("selective" in block.kept for block in both.blocks)
+
+
 def test_offload_is_for_gpus():
     model = adapted()
     plan = lora.plan_checkpointing(model, BATCH, "1GiB")

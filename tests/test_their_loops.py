@@ -520,6 +520,32 @@ def test_a_checkpoint_of_trainer_s_holds_the_adapter(backend, tmp_path):
     assert (tmp_path / "whole" / "model.safetensors").exists()
 
 
+@both_backends
+def test_the_best_checkpoint_of_trainer_s_is_an_adapter_to_load(backend, tmp_path):
+    """`load_best_model_at_end` takes PEFT's class only and fails after the last step; the checkpoint has all of it."""
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    kept = {}
+
+    class Keep(transformers.TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            kept[state.global_step] = start_of(model)
+
+    _, ours = pair(tmp_path)
+    with lora.use_backend(backend):
+        options = every | {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first one, that is
+        trainer = with_trainer(lora.for_training(ours), tmp_path, [Keep()], **options)
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+        lora.set_adapter(lora.load_adapter(ours, trainer.state.best_model_checkpoint, "best"), "best")
+        lora.delete_adapter(ours, "default")
+    found = {
+        f"base_model.model.{path}.{role}.weight": value.detach()
+        for path, layer in lora.layers.adapter_layers(ours)
+        for role, value in layer.adapter_params("best").items()
+    }
+    assert_equal(found, kept[2])
+    assert not all(torch.equal(found[name], kept[STEPS][name]) for name in found)
+
+
 # ---- accelerate and plain PyTorch
 
 
@@ -614,6 +640,29 @@ def test_accelerate_accumulates_by_tokens(backend, tmp_path):
     for name, gradient in expected.items():
         found = ours.get_parameter(name).grad
         assert float((found - gradient).abs().max()) <= ROUNDING * float(gradient.abs().max()), name
+
+
+@both_backends
+def test_accelerate_saves_its_state_and_goes_on_from_it(backend, tmp_path):
+    with lora.use_backend(backend):
+        _, ours = pair(tmp_path)
+        lora.for_training(ours)
+        accelerator = accelerate.Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW(lora.trainable_parameters(ours), lr=1e-2)
+        model, optimizer = accelerator.prepare(ours, optimizer)
+
+        def a_step() -> dict[str, Tensor]:
+            optimizer.zero_grad()
+            accelerator.backward(model(IDS, labels=IDS).loss)
+            optimizer.step()
+            return start_of(ours)
+
+        first = a_step()
+        accelerator.save_state(str(tmp_path / "state"))
+        expected = a_step()
+        accelerator.load_state(str(tmp_path / "state"))
+        assert_equal(start_of(ours), first)
+        assert_equal(a_step(), expected)
 
 
 # ---- packing

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from lora import dispatch
 from lora.distributed import class_of
@@ -76,6 +77,7 @@ class Fusion:
 
     forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)  # modules, and the forward of ours they got
     stacked: list[list[nn.Parameter]] = field(default_factory=list)  # weights laid one after another
+    hooks: list[RemovableHandle] = field(default_factory=list)  # on the modules that those belong to
     notes: dict[str, str] = field(default_factory=dict)  # module path -> what was done, or why not
 
     def undo(self) -> None:
@@ -91,7 +93,9 @@ class Fusion:
         for group in self.stacked:
             for weight in group:
                 weight.data = weight.data.clone()
-        self.forwards, self.stacked, self.notes = [], [], {}
+        for hook in self.hooks:
+            hook.remove()
+        self.forwards, self.stacked, self.hooks, self.notes = [], [], [], {}
 
     def notes_now(self, model: nn.Module) -> dict[str, str]:
         """The notes, and where the active adapters take apart what was patched to run together."""
@@ -563,3 +567,17 @@ def stack_weights(fusion: Fusion, layers: Sequence[Any]) -> None:
         for weight, rows in zip(weights, buffer.split([len(w) for w in weights]), strict=True):
             weight.data = rows
         fusion.stacked.append(weights)
+        fusion.hooks += [base.register_state_dict_post_hook(own_storage) for base in bases]
+
+
+def own_storage(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """In a state dict a stacked weight, still the same memory, has a storage that is no larger than it, as before.
+
+    Else safetensors, and so accelerate's `save_state`, would refuse it as a part of another tensor.
+    """
+    weight = state.get(f"{prefix}weight")
+    if type(weight) is Tensor and weight.untyped_storage().nbytes() > weight.nbytes:
+        start = weight.storage_offset() * weight.itemsize
+        storage = weight.untyped_storage()[start : start + weight.nbytes]
+        part = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        state[f"{prefix}weight"] = part.set_(storage, 0, weight.shape, weight.stride())
