@@ -60,12 +60,14 @@ def test_two_runs_are_the_same_bits(device, backend, case):
     law_two_runs_are_the_same_bits(Run(case, backend, device))
 
 
-@both
 @examples(12)
 @given(case=multi_lora_inputs())
-def test_what_nobody_records_is_the_same_bits(device, backend, case):
-    """Under no_grad, and in inference mode, where there is no autograd function around it."""
-    run = Run(case, backend, device)
+def test_what_nobody_records_is_the_same_bits(device, case):
+    """Under no_grad, and in inference mode, where there is no autograd function around it.
+
+    The reference is PyTorch's own operations, which may take another way where nothing is recorded.
+    """
+    run = Run(case, "fast", device)
     for unrecorded in (torch.no_grad, torch.inference_mode):
         with unrecorded():
             found = named_outputs(case, run.backend, fresh(run.arguments))
