@@ -15,7 +15,7 @@ from lora.testing.mutants.report import code, row
 QUICK = quick_names()
 OPERATIONS = {
     "attention", "checkpoint", "dora", "dropout", "embedding", "gemm", "linear", "loss", "merge", "mlp", "multi_lora",
-    "nf4", "norm", "qkv", "rope",
+    "nf4", "norm", "qkv", "rope", "source",
 }  # fmt: skip
 
 

@@ -174,7 +174,7 @@ WRITTEN: dict[str, list[Text]] = {
          "wide = s\n            norm"),
         ("LayerNorm forgets the mean", "y, mean, rho = torch.native_layer_norm(s.to(wide), s.shape[1:], weight.to(wide), b, eps)",
          "y, mean, rho = torch.native_layer_norm(s.to(wide), s.shape[1:], weight.to(wide), b, eps)\n"
-         "            y = y + mean * rho * weight.to(wide)"),
+         "    y = y + mean * rho * weight.to(wide)"),
         ("LayerNorm's db is dw", "return dx if wants_x else None, dweight, dbias,", "return dx if wants_x else None, dweight, dweight,"),
         ("dx is given to a residual only", "return dx if wants_x else None, dweight, dx if wants_residual", "return None, dweight, dx if wants_residual"),
     ],
