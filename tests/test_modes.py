@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tiny import IDS, assert_same, snapshot, stir, tiny_llama, toy
@@ -92,6 +94,26 @@ def test_inference_turns_checkpointing_off():
     lora.for_inference(model)
     assert not any(block.gradient_checkpointing for block in blocks)
     assert not any("_gradient_checkpointing_func" in vars(block) for block in blocks)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}])
+def test_training_merged_adapters_is_warned_of(backend, options):
+    """Torch says "does not require grad", or nothing at all where a module trains in full and the adapters do not."""
+    with lora.use_backend(backend):
+        model = lora.for_training(adapted(**options))
+        lora.merge(model)
+        with pytest.warns(UserWarning, match=r"adapters \(default\) are merged: .*lora\.for_training or lora\.unmerge"):
+            loss = model(IDS, labels=IDS).loss
+        assert loss.requires_grad == bool(options.get("modules_to_save"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with torch.no_grad():
+                model(IDS)
+            with lora.disable_adapters(model):
+                model(IDS)
+            lora.for_inference(model)(IDS)
+            step(lora.for_training(model))
 
 
 def test_merged_inference_calls_no_adapter(monkeypatch):

@@ -135,7 +135,7 @@ def newest(output: Path) -> Path | None:
     Raises: LoRAError where there are some, but none is whole.
     """
     found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    torn = []
+    torn: list[str] = []
     for _, path in sorted(found, reverse=True):
         reason = why_torn(path)
         if reason is None:
