@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora import dispatch
 from lora.distributed import class_of
+from lora.errors import LoRAError
 from lora.fast.attention import causal_attention, takes_attention
 from lora.fast.checkpoint import attention_begins
 from lora.fast.operands import rows_of_one
@@ -88,7 +89,7 @@ class Fusion:
         for module, ours in self.forwards:
             if vars(module).get("forward") is not ours:
                 continue
-            for name in ("forward", "shared_input", "fused_options"):
+            for name in ("not_pickled", "forward", "shared_input", "fused_options"):
                 vars(module).pop(name, None)
         for group in self.stacked:
             for weight in group:
@@ -133,9 +134,27 @@ def patch_model(model: nn.Module) -> Fusion:
 
 def patch(fusion: Fusion, module: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> None:
     """Gives one instance another forward; a bound method, so that a deep copy's is its own."""
+    vars(module)["not_pickled"] = NotPickled()  # first, so that a pickler meets it before the rest
     vars(module)["fused_options"] = options
     vars(module)["forward"] = types.MethodType(forward, module)
     fusion.forwards.append((module, vars(module)["forward"]))
+
+
+class NotPickled:
+    """Says why a patched module is not pickled, and lets it be deep-copied.
+
+    Out of a pickle a forward of ours would come as that of the module's class, if at all.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NotPickled:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise LoRAError(
+            "a fused model cannot be pickled, by torch.save or for another process: call lora.fast.unfuse(model) "
+            "before, and lora.fast.fuse(model), lora.for_training or lora.for_inference after. To keep an adapter, "
+            "lora.save_adapter needs neither."
+        )
 
 
 def runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
