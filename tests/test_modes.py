@@ -116,6 +116,17 @@ def test_training_merged_adapters_is_warned_of(backend, options):
             step(lora.for_training(model))
 
 
+@pytest.mark.filterwarnings("ignore:Every label of a batch")
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_a_loss_over_no_label_is_what_the_how_to_says(backend):
+    nothing = torch.full_like(IDS, -100)
+    with lora.use_backend(backend):
+        model = lora.for_training(adapted())
+        loss = model(IDS, labels=nothing).loss
+        assert loss.isnan() if backend == "reference" else loss == 0
+        assert model(IDS, labels=nothing, num_items_in_batch=3).loss == 0
+
+
 def test_merged_inference_calls_no_adapter(monkeypatch):
     model = lora.for_inference(adapted(), merge=True)
     seen = []
