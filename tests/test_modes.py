@@ -9,6 +9,7 @@ import torch
 from tiny import IDS, assert_same, snapshot, stir, tiny_llama, toy
 
 import lora
+import lora.layers
 from lora import LoRAConfig, LoRAError
 from lora.reference.modes import CHECKPOINTING
 
@@ -125,6 +126,23 @@ def test_a_loss_over_no_label_is_what_the_how_to_says(backend):
         loss = model(IDS, labels=nothing).loss
         assert loss.isnan() if backend == "reference" else loss == 0
         assert model(IDS, labels=nothing, num_items_in_batch=3).loss == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_generating_between_steps_takes_eval_mode(backend):
+    """In training mode with checkpointing transformers gives its blocks no cache, but one token at a time."""
+    with lora.use_backend(backend):
+        model = adapted()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 8 if parameter.dim() == 2 else 1  # else every text is the same token again and again
+        options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(IDS), "pad_token_id": 0}
+        expected = lora.for_inference(model).generate(IDS, **options)
+        lora.for_training(model, "recompute")
+        assert not torch.equal(model.generate(IDS, **options), expected)
+        assert torch.equal(model.eval().generate(IDS, **options), expected)
+        assert torch.equal(lora.for_inference(model, merge=True).generate(IDS, **options), expected)
+        assert all(layer.merged for _, layer in lora.layers.adapter_layers(lora.for_inference(model)))
 
 
 def test_merged_inference_calls_no_adapter(monkeypatch):
