@@ -572,9 +572,9 @@ def started(kind: str = "plain") -> Any:
         "bias": {"bias": "lora_only"},
     }.get(kind, {})
     lora.inject(model, LoRAConfig(**options))
-    if kind == "several":
+    if kind in ("several", "second"):
         lora.add_adapter(model, LoRAConfig(r=2, target_modules=["k_proj", "up_proj"], lora_dropout=0.25), "other")
-        lora.set_adapter(model, ["default", "other"])
+        lora.set_adapter(model, ["default", "other"] if kind == "several" else "other")
     return lora.for_training(model, "recompute" if kind == "recompute" else "none")
 
 
@@ -586,7 +586,7 @@ def bytes_of(model: Any, directory: Path) -> dict[str, bytes]:
     }
 
 
-KINDS = ["plain", "recompute", "dora", "head", "nf4", "pissa", "several", "bias"]
+KINDS = ["plain", "recompute", "dora", "head", "nf4", "pissa", "several", "second", "bias"]
 TRAINERS = [
     *((kind, Resuming) for kind in KINDS),
     ("plain", ResumingSFT),
@@ -608,7 +608,7 @@ def test_their_trainers_resume_bit_for_bit(backend, kind, trainer, tmp_path):
             resuming(trainer, again, tmp_path, resume=str(tmp_path / "out" / f"checkpoint-{step}"))
             assert bytes_of(again, tmp_path / f"from_{step}" / "adapter") == expected
     assert not list((tmp_path / "out").rglob("model*.safetensors"))  # the base model is in none of them
-    if kind not in ("several", "nf4", "bias"):  # which PEFT knows nothing of, or needs another base for
+    if kind not in ("several", "second", "nf4", "bias"):  # which PEFT knows nothing of, or needs another base for
         theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "last")
         lora.for_inference(whole)
         with torch.no_grad():
