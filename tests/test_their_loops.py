@@ -523,6 +523,14 @@ class Resuming(lora.train.AdapterCheckpoints, transformers.Trainer):
     """What docs/howto/train.md tells people to write."""
 
 
+class Sharding(Resuming):
+    """What its settings make of a trainer under FSDP."""
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        self.is_fsdp_enabled = True
+        return super().train(*args, **options)
+
+
 class ResumingSFT(lora.train.AdapterCheckpoints, trl.SFTTrainer):
     """The same on TRL's."""
 
@@ -534,7 +542,7 @@ class ResumingDPO(lora.train.AdapterCheckpoints, trl.DPOTrainer):
 def resuming(kind: Any, model: Any, directory: Path, resume: Any = None, **options: Any) -> Any:
     """One run, or what is left of one, that saves every other step."""
     own: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
-    if kind is Resuming:
+    if issubclass(kind, Resuming):
         data, settings = datasets.Dataset.from_list(tokens(UNEVEN)), transformers.TrainingArguments
         more: dict[str, Any] = {"data_collator": transformers.DataCollatorForSeq2Seq(TOKENIZER, padding=True)}
     elif kind is ResumingSFT:
@@ -655,6 +663,8 @@ def test_what_their_trainers_cannot_resume_is_refused(tmp_path):
         resuming(Resuming, started(), tmp_path, resume=str(folder))
     with pytest.raises(LoRAError, match=r"carries no adapters"):
         resuming(Resuming, base(), tmp_path)
+    with pytest.raises(LoRAError, match=r"runs under FSDP, which writes checkpoints of its own"):
+        resuming(Sharding, started(), tmp_path)
     with pytest.raises(LoRAError, match=r"write class Backwards\(AdapterCheckpoints, Trainer\)"):
         type("Backwards", (transformers.Trainer, lora.train.AdapterCheckpoints), {})
 

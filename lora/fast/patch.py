@@ -27,10 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lora import dispatch
 from lora.distributed import class_of
-from lora.errors import LoRAError
 from lora.fast.attention import causal_attention, takes_attention
 from lora.fast.checkpoint import attention_begins
 from lora.fast.operands import rows_of_one
+from lora.fast.pickling import NotPickled
 from lora.layers import AdapterLayer, LoRALinear, Update
 from lora.nf4_format import row_halves
 from lora.nf4_layer import NF4Linear
@@ -138,23 +138,6 @@ def patch(fusion: Fusion, module: nn.Module, forward: Callable[..., Any], option
     vars(module)["fused_options"] = options
     vars(module)["forward"] = types.MethodType(forward, module)
     fusion.forwards.append((module, vars(module)["forward"]))
-
-
-class NotPickled:
-    """Says why a patched module is not pickled, and lets it be deep-copied.
-
-    Out of a pickle a forward of ours would come as that of the module's class, if at all.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NotPickled:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise LoRAError(
-            "a fused model cannot be pickled, by torch.save or for another process: call lora.fast.unfuse(model) "
-            "before, and lora.fast.fuse(model), lora.for_training or lora.for_inference after. To keep an adapter, "
-            "lora.save_adapter needs neither."
-        )
 
 
 def runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
