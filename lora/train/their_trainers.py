@@ -104,8 +104,8 @@ class AdapterCheckpoints:
         random = "rng_state.pth" if ranks == 1 else f"rng_state_{self.args.process_index}.pth"
         if not (folder / random).is_file():
             warnings.warn(
-                f"{folder} has no {random}: it was written by another number of processes than {ranks}, or this one had "
-                "been killed. The run goes on with other dropout masks than one that was not interrupted.",
+                f"{folder} has no {random}: it was written by another number of processes than {ranks}, or this one "
+                "had been killed. The run goes on with other dropout masks than one that was not interrupted.",
                 stacklevel=2,
             )
         restore_adapters(self.model, folder)
