@@ -33,7 +33,16 @@ from lora.adapter_check import (
     sampled,
     tensor_digest,
 )
-from lora.adapters import AdapterState, _require, checked_name, disable_adapters, refresh, state_of, withdraw
+from lora.adapters import (
+    AdapterState,
+    _refuse_merged,
+    _require,
+    checked_name,
+    disable_adapters,
+    refresh,
+    state_of,
+    withdraw,
+)
 from lora.distributed import refuse_sharded, whole, writes
 from lora.errors import LoRAError
 from lora.layers import AdapterLayer, LoRAEmbedding, LoRAParameter, adapter_layers, saved_modules
@@ -152,13 +161,57 @@ def load_adapter(
         )
     if any(parameter.is_meta for parameter in bare.parameters()):
         raise LoRAError(f"this {type(bare).__name__} is on the meta device, without values: load its weights first.")
-    folder = _folder(Path(directory).expanduser(), adapter_name)
+    source, values = _read(bare, _folder(Path(directory).expanduser(), adapter_name), check_base)
+    with meter("loading the adapter"):
+        _install(bare, adapter_name, source, values)
+    return model
+
+
+def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
+    """Gives an adapter that the model has the values it had when `save_adapter` wrote it: in place, bit for bit.
+
+    The parameters stay the objects they are, which an optimizer and a fused model hold. Which adapters are active, and
+    what trains, stays as well. For going on with a run from one of its checkpoints, so the configs must agree.
+
+    Args:
+        directory: as `load_adapter`'s.
+
+    Returns: the same model.
+    Raises: LoRAError, with the model as it was, for an adapter that the model lacks or has merged; a file that
+    `save_adapter` did not write; another config, with what differs; and whatever `load_adapter` refuses.
+    """
+    checked_name(adapter_name)
+    bare = _bare(model)
+    refuse_sharded(bare, "restore_adapter")
+    state = state_of(bare)
+    _require(state, adapter_name)
+    _refuse_merged(bare, "restore_adapter")
+    source, values = _read(bare, _folder(Path(directory).expanduser(), adapter_name), check_base=True)
+    if source.record is None:
+        raise LoRAError(
+            f"{source.path} was not written by save_adapter, so its values cannot be told to be those of the adapter "
+            f"{adapter_name!r} as it is here: lora.load_adapter reads it, as a new adapter."
+        )
+    then, now = source.config.to_dict(), state.configs[adapter_name].to_dict()
+    differ = [f"{name} was {then[name]!r} and is {now[name]!r}" for name in now if then[name] != now[name]]
+    if differ:
+        raise LoRAError(
+            f"{source.path.parent} is of an adapter with another config than {adapter_name!r} of this model: "
+            f"{'; '.join(differ)}. Inject with the config of then, or read it with lora.load_adapter."
+        )
+    _put(bare, adapter_name, source, values)
+    return model
+
+
+def _read(model: nn.Module, folder: Path, check_base: bool) -> tuple[Source, dict[str, Tensor]]:
+    """The adapter in a folder, checked in every way, and its values by the names the model gives them."""
+    injected = isinstance(getattr(model, "lora_state", None), AdapterState)
     try:
         text = (folder / CONFIG_FILE).read_bytes()
         with (folder / WEIGHTS_FILE).open("rb") as file:
-            source = open_source(bare, folder, text, file)
+            source = open_source(model, folder, text, file)
             # the base weights are what is compared
-            with meter("loading the adapter"), disable_adapters(bare) if injected else nullcontext():
+            with meter("loading the adapter"), disable_adapters(model) if injected else nullcontext():
                 if check_base:
                     check_base_model(source)
                 values = {key: read_value(source, name) for key, name in source.names.items()}
@@ -166,9 +219,7 @@ def load_adapter(
                     check_copies(source, values)
     except OSError as error:
         raise LoRAError(f"cannot read the adapter in {folder}: {error.strerror or error}.") from None
-    with meter("loading the adapter"):
-        _install(bare, adapter_name, source, values)
-    return model
+    return source, values
 
 
 def _gathered(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -347,14 +398,19 @@ def _fill(layer: AdapterLayer, name: str, parts: Mapping[str, Tensor], doubled: 
     if layer.lora_A[name].dim() == 3:
         experts = len(layer.lora_A[name])
         lora_A, lora_B = unpacked("lora_A", lora_A, experts), unpacked("lora_B", lora_B, experts)
+    found = {"lora_A": lora_A, "lora_B": lora_B}
     if doubled:
         (lora_A, initial_A), (lora_B, initial_B) = lora_A.chunk(2), lora_B.chunk(2, dim=1)
-        lora_A, lora_B = lora_A.clone(), lora_B.contiguous()
-        layer.initial_A[name] = nn.Parameter(initial_A.clone(), requires_grad=False)
-        layer.initial_B[name] = nn.Parameter(-initial_B.contiguous(), requires_grad=False)
-    layer.lora_A[name], layer.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        found = {"lora_A": lora_A, "lora_B": lora_B, "initial_A": initial_A, "initial_B": -initial_B}
     if "lora_magnitude" in parts:
-        layer.lora_magnitude[name] = nn.Parameter(parts["lora_magnitude"].to(**place))
+        found["lora_magnitude"] = parts["lora_magnitude"].to(**place)
+    for role, value in found.items():
+        params = getattr(layer, role)
+        if name in params:
+            params[name].copy_(value)
+        else:
+            trains = not role.startswith("initial")
+            params[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format), requires_grad=trains)
 
 
 def _take_out(model: nn.Module, adapter_name: str) -> None:

@@ -50,6 +50,7 @@ class AdapterState:
     biases: dict[str, Bias] = field(default_factory=dict)  # by path in the base model
     biases_trained: str | None = None  # the adapter whose config trains biases
     trained_biases_in_use: bool = False
+    uneven: list[list[LoRALinear]] = field(default_factory=list)  # projections of one x, not of the same adapters
     modes: dict[str, Any] = field(default_factory=dict)  # what for_training and for_inference have to put back
 
 
@@ -115,6 +116,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> nn.Modul
     state.active = names
     for part in parts:
         part.activate(names)
+    _choose_leaders(state)
     use_trained_biases(model, state.biases_trained in names)
     return model
 
@@ -283,6 +285,7 @@ def refresh(model: nn.Module, *names: str) -> None:
         for name in names or part.adapter_names:
             if name not in state.active:
                 part.rest(name)
+    _choose_leaders(state)
     use_trained_biases(model, state.biases_trained in state.active)
 
 
@@ -362,15 +365,32 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
 
 
 def share_mask_seeds(model: nn.Module) -> None:
-    """Lets the projections of one x share a mask seed; the first adapted one of a group draws it."""
+    """Lets the projections of one x share a mask seed; the first of a group that drops out draws it."""
+    state = state_of(model)
+    state.uneven = []
     for _, parent in walk(model):
         for group in SHARED_INPUTS:
             members = [child for name in group if isinstance(child := getattr(parent, name, None), LoRALinear)]
             for child in members:
                 child.mask_seed, child.leads_mask = members[0].mask_seed, child is members[0]
+            if len({child.adapter_names for child in members}) > 1:
+                state.uneven.append(members)
         for name, stream in MASK_STREAMS.items():
             if isinstance(child := getattr(parent, name, None), LoRALinear):
                 child.mask_stream = stream
+    _choose_leaders(state)
+
+
+def _choose_leaders(state: AdapterState) -> None:
+    """Who draws a group's seed, where that depends on the active adapters: a leader without one would never draw."""
+    for members in state.uneven:
+        leader = next((child for child in members if _drops_out(child)), members[0])
+        for child in members:
+            child.leads_mask = child is leader
+
+
+def _drops_out(layer: LoRALinear) -> bool:
+    return any(name in layer.lora_A and layer.dropout_rate(name) for name in layer.active)
 
 
 def checked_name(name: str) -> str:

@@ -31,6 +31,7 @@ from lora.peft_format import CONFIG_FILE, tensor_key, to_peft
 from lora.reference.inject import output_heads
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
+VLLM_PLAIN = ("GPT2LMHeadModel",)  # its class in vLLM was none that takes LoRA, in the releases that were read
 FORMATS = ("vllm", "gguf")
 
 
@@ -202,9 +203,14 @@ def export_adapter(
         largest = next(rank for rank in VLLM_RANKS if rank >= fields["r"])
         own = Path(name).is_file() or name.lower() == models.PACKAGED_MODEL  # nothing that vLLM can be given
         served = "MODEL" if own else shlex.quote(name)
+        done = f"exported the adapter to {target}: rank {fields['r']}, alpha {fields['lora_alpha']:g}\n"
+        if type(model).__name__ in VLLM_PLAIN:
+            return (
+                f"{done}vLLM's class {type(model).__name__} probably takes no adapters: "
+                f"lora merge --model {served} --adapter {shlex.quote(adapter)} --output DIR, and vllm serve DIR"
+            )
         return (
-            f"exported the adapter to {target}: rank {fields['r']}, alpha {fields['lora_alpha']:g}\n"
-            f"vllm serve {served} --enable-lora --max-lora-rank {largest} --lora-modules "
+            f"{done}vllm serve {served} --enable-lora --max-lora-rank {largest} --lora-modules "
             f"{shlex.quote(f'{target.name}={target}')}"
         )
     count = export_gguf(model, target, dtype=dtype or "float32", overwrite=overwrite)

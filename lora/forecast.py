@@ -85,6 +85,7 @@ class Forecast:
         time: None where the card's rates are not known, or the step is not in bfloat16.
         would_fit: what to change, where it does not fit, each with its peak.
         experts: of a layer of a mixture; else 0.
+        positions: how many tokens of a sequence the model is made for; 0 where its config does not say.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Forecast:
     time: Time | None
     would_fit: list[tuple[str, int]] = field(default_factory=list)
     experts: int = 0
+    positions: int = 0
 
     @property
     def peak(self) -> int:
@@ -137,6 +139,7 @@ class Forecast:
             "parameters": self.held.parameters,
             "trainable": self.held.trainable,
             "experts": self.experts,
+            "positions": self.positions,
             "memory": self.memory,
             "peak": self.peak,
             "fits": self.fits,
@@ -157,6 +160,16 @@ class Forecast:
             f"{s['batch']} sequences of {s['seq']:,} tokens, {s['dtype']}, quantization {s['quantization']}, "
             f"backend {s['backend']}",
             *self._mixture(),
+            *self._too_long(),
+        ]
+
+    def _too_long(self) -> list[str]:
+        """Where sequences are longer than the model is made for, that they are."""
+        if not 0 < self.positions < self.settings["seq"]:
+            return []
+        return [
+            f"note: the model is made for {self.positions:,} tokens (max_position_embeddings). Learned positions end "
+            "there; rotary ones go on, untrained"
         ]
 
     def _mixture(self) -> list[str]:
@@ -325,7 +338,10 @@ class Forecaster:
         if self.card.flops and self.card.bandwidth and dtype == torch.bfloat16:
             time = step_time(self.card.flops, self.card.bandwidth, rehearsal, plan, held, settings)
         experts = experts_of(self.outline.config)
-        return Forecast(self.name, dict(settings), self.card, held, memory, budget, plan, time, experts=experts)
+        positions = getattr(self.outline.config.get_text_config(), "max_position_embeddings", None) or 0
+        return Forecast(
+            self.name, dict(settings), self.card, held, memory, budget, plan, time, experts=experts, positions=positions
+        )
 
     def alternatives(self, settings: Mapping[str, Any]) -> list[tuple[str, int]]:
         """Changes that make it fit, each the smallest of its kind, with their peaks."""

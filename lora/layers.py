@@ -193,6 +193,7 @@ class AdapterLayer(nn.Module):
         """The terms of the output, the first with the base; more than one only for mixed dropout or DoRA."""
         groups = self.groups()
         if not groups:
+            self.tell_if_merged()
             return [Update(self.base_projection(), None)]
         rates = [self.dropout_rate(group[0]) if self.training else 0.0 for group in groups]
         seed = (self.mask_seed.draw() if self.leads_mask else self.mask_seed.reuse()) if any(rates) else 0
@@ -200,6 +201,17 @@ class AdapterLayer(nn.Module):
             Update(self.projection_of(group), Dropout(p, seed, self.mask_stream) if p else None)
             for group, p in zip(groups, rates, strict=True)
         ]
+
+    def tell_if_merged(self) -> None:
+        """Warns where a training step is under way that cannot reach the adapters: they are in the frozen weight."""
+        training = self.training and self.enabled and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if training and self.merged is not None:
+            warnings.warn(
+                f"the model is in training mode, but its adapters ({', '.join(self.merged.adapters)}) are merged: they "
+                "get no gradient and do not train. Call lora.for_training or lora.unmerge to train them, "
+                "lora.for_inference to use the model as it is.",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         state = f", merged={self.merged.adapters}" if self.merged else ""
@@ -336,6 +348,8 @@ class LoRAParameter(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapted = {layer.parameter: layer.adapted() for layer in self.chain if layer.groups()}
+        if not adapted:
+            self.tell_if_merged()
         return functional_call(self.owner, adapted, args, kwargs) if adapted else self.owner(*args, **kwargs)
 
     def extra_repr(self) -> str:

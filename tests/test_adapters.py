@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import IDS, assert_same, snapshot, stir, toy
+from tiny import IDS, assert_same, snapshot, stir, tiny_llama, toy
 
 import lora
 from lora import LoRAConfig, LoRAError
@@ -129,6 +129,23 @@ def test_the_group_redraws_its_mask_when_its_leader_is_deleted():
     assert block.v_proj.mask_seed is block.q_proj.mask_seed and not block.v_proj.leads_mask
     lora.delete_adapter(model, "a")
     assert block.v_proj.leads_mask
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_masks_change_from_step_to_step_whichever_adapters_are_active(backend):
+    """The group's first projection has none of the active one's: it drew no seed, and the others kept an old one."""
+    model = lora.inject(tiny_llama(), A.replace(target_modules=["q_proj", "gate_proj"]), "a")
+    lora.add_adapter(model, A.replace(target_modules=["v_proj", "up_proj"], lora_dropout=0.5), "b")
+    stir(lora.set_adapter(model, ["a", "b"]))
+    with lora.use_backend(backend):
+        for names in ("b", ["a", "b"], "b"):  # a does not drop out
+            lora.for_training(lora.set_adapter(model, names))
+            first, second = model(IDS).logits, model(IDS).logits
+            assert not torch.equal(first, second), names
+            torch.manual_seed(0)
+            one = model(IDS).logits
+            torch.manual_seed(0)
+            assert torch.equal(model(IDS).logits, one), names  # the generator has all of the state
 
 
 def merged_model():

@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from tiny import stir, tiny_llama, toy
 from tiny_gguf import MODELS, gguf_name, write
-from tiny_text import save_tiny_model
+from tiny_text import save_tiny_model, tiny_tokenizer
 from torch import Tensor
 
 import lora
@@ -497,6 +497,21 @@ def test_the_command_writes_both_formats_and_says_how_to_serve(files: dict[str, 
     for read in (lora.load, lora.models.outline_of):
         with pytest.raises(LoRAError, match=r"\.gguf is an adapter for llama\.cpp, not a model: name its base"):
             read(files["file"])
+
+
+def test_gpt2_is_not_said_to_be_served_with_an_adapter(tmp_path: Path, capsys: Any) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=len(tiny_tokenizer())))
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = lora.inject(lora.load(tmp_path / "base")[0], LoRAConfig(r=2, init_lora_weights=False))
+    lora.save_adapter(model, tmp_path / "adapter")
+    words = ("--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--format", "vllm")
+    assert command(*words, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "class GPT2LMHeadModel probably takes no adapters" in said and "--enable-lora" not in said
+    assert f"lora merge --model {tmp_path / 'base'} --adapter {tmp_path / 'adapter'}" in said
 
 
 ERRORS: dict[str, tuple[list[str], str]] = {

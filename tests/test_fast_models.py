@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -567,3 +568,19 @@ def test_logits_that_were_asked_for_are_there():
     assert output.logits.shape == (2, 3, 64)
     expected = type(model).forward(model, IDS, labels=IDS[:, -3:], logits_to_keep=3).loss
     assert torch.equal(output.loss, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_a_fused_model_says_why_it_is_not_pickled_and_an_unfused_one_is(family, checkpointing):
+    model = lora.inject(build(family), LoRAConfig(r=4))
+    expected, _ = step(lora.for_training(model, checkpointing))
+    with pytest.raises(lora.LoRAError, match=r"fused model cannot be pickled.*call lora\.fast\.unfuse\(model\)"):
+        torch.save(model, io.BytesIO())
+    torch.testing.assert_close(step(copy.deepcopy(model))[0], expected)  # its weights may lie apart
+    unfuse(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(step(lora.for_training(again, checkpointing))[0], expected)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tiny import IDS, assert_same, snapshot, stir, tiny_llama, toy
 
 import lora
+import lora.layers
 from lora import LoRAConfig, LoRAError
 from lora.reference.modes import CHECKPOINTING
 
@@ -92,6 +95,54 @@ def test_inference_turns_checkpointing_off():
     lora.for_inference(model)
     assert not any(block.gradient_checkpointing for block in blocks)
     assert not any("_gradient_checkpointing_func" in vars(block) for block in blocks)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}])
+def test_training_merged_adapters_is_warned_of(backend, options):
+    """Torch says "does not require grad", or nothing at all where a module trains in full and the adapters do not."""
+    with lora.use_backend(backend):
+        model = lora.for_training(adapted(**options))
+        lora.merge(model)
+        with pytest.warns(UserWarning, match=r"adapters \(default\) are merged: .*lora\.for_training or lora\.unmerge"):
+            loss = model(IDS, labels=IDS).loss
+        assert loss.requires_grad == bool(options.get("modules_to_save"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with torch.no_grad():
+                model(IDS)
+            with lora.disable_adapters(model):
+                model(IDS)
+            lora.for_inference(model)(IDS)
+            step(lora.for_training(model))
+
+
+@pytest.mark.filterwarnings("ignore:Every label of a batch")
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_a_loss_over_no_label_is_what_the_how_to_says(backend):
+    nothing = torch.full_like(IDS, -100)
+    with lora.use_backend(backend):
+        model = lora.for_training(adapted())
+        loss = model(IDS, labels=nothing).loss
+        assert loss.isnan() if backend == "reference" else loss == 0
+        assert model(IDS, labels=nothing, num_items_in_batch=3).loss == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_generating_between_steps_takes_eval_mode(backend):
+    """In training mode with checkpointing transformers gives its blocks no cache, but one token at a time."""
+    with lora.use_backend(backend):
+        model = adapted()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 8 if parameter.dim() == 2 else 1  # else every text is the same token again and again
+        options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(IDS), "pad_token_id": 0}
+        expected = lora.for_inference(model).generate(IDS, **options)
+        lora.for_training(model, "recompute")
+        assert not torch.equal(model.generate(IDS, **options), expected)
+        assert torch.equal(model.eval().generate(IDS, **options), expected)
+        assert torch.equal(lora.for_inference(model, merge=True).generate(IDS, **options), expected)
+        assert all(layer.merged for _, layer in lora.layers.adapter_layers(lora.for_inference(model)))
 
 
 def test_merged_inference_calls_no_adapter(monkeypatch):

@@ -319,6 +319,16 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert found["settings"]["backend"] == "auto" and len(found["checkpointing"]) == 2
 
 
+@pytest.mark.parametrize(("name", "positions"), [("tiny", None), ("gpt2", 256)])
+def test_sequences_beyond_the_model_s_positions_are_said_to_be(tmp_path, capsys, name, positions):
+    model = MODELS[name]()
+    positions = positions or model.config.max_position_embeddings
+    source = directory_of(model, tmp_path)
+    for seq, told in ((positions, False), (positions + 1, True)):
+        assert cli.main(["plan", source, "--seq", str(seq), "--batch", "1", "--gpu", "h100"]) == 0
+        assert (f"note: the model is made for {positions:,} tokens" in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

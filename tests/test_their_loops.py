@@ -28,6 +28,7 @@ from tiny_text import rows, tiny_tokenizer
 from torch import Tensor, nn
 
 import lora
+import lora.train
 from lora import LoRAConfig, LoRAError
 
 BACKENDS = ("reference", "fast")
@@ -510,9 +511,7 @@ def test_a_checkpoint_of_trainer_s_holds_the_adapter(backend, tmp_path):
     lora.load_adapter(again, folder, "other")
     assert_equal(adapter_tensors(again, "other"), adapter_tensors(ours, "other"))
     assert not list(folder.glob("model*.safetensors"))
-    with pytest.raises(
-        ValueError, match="checkpoint index"
-    ):  # transformers resumes PEFT's models only; `lora train` ours
+    with pytest.raises(ValueError, match="checkpoint index"):  # without `lora.train.AdapterCheckpoints`
         with_trainer(ours, tmp_path, resume=str(folder), max_steps=4)
     with pytest.raises(LoRAError, match=r"save_pretrained of a model with adapters takes no push_to_hub"):
         ours.save_pretrained(tmp_path / "no", push_to_hub=True)
@@ -520,30 +519,174 @@ def test_a_checkpoint_of_trainer_s_holds_the_adapter(backend, tmp_path):
     assert (tmp_path / "whole" / "model.safetensors").exists()
 
 
-@both_backends
-def test_the_best_checkpoint_of_trainer_s_is_an_adapter_to_load(backend, tmp_path):
-    """`load_best_model_at_end` takes PEFT's class only and fails after the last step; the checkpoint has all of it."""
-    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    kept = {}
+class Resuming(lora.train.AdapterCheckpoints, transformers.Trainer):
+    """What docs/howto/train.md tells people to write."""
 
-    class Keep(transformers.TrainerCallback):
-        def on_save(self, args, state, control, model=None, **kwargs):
-            kept[state.global_step] = start_of(model)
 
-    _, ours = pair(tmp_path)
-    with lora.use_backend(backend):
-        options = every | {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first one, that is
-        trainer = with_trainer(lora.for_training(ours), tmp_path, [Keep()], **options)
-        assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-        lora.set_adapter(lora.load_adapter(ours, trainer.state.best_model_checkpoint, "best"), "best")
-        lora.delete_adapter(ours, "default")
-    found = {
-        f"base_model.model.{path}.{role}.weight": value.detach()
-        for path, layer in lora.layers.adapter_layers(ours)
-        for role, value in layer.adapter_params("best").items()
+class Sharding(Resuming):
+    """What its settings make of a trainer under FSDP."""
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        self.is_fsdp_enabled = True
+        return super().train(*args, **options)
+
+
+class ResumingSFT(lora.train.AdapterCheckpoints, trl.SFTTrainer):
+    """The same on TRL's."""
+
+
+class ResumingDPO(lora.train.AdapterCheckpoints, trl.DPOTrainer):
+    """The same with a reference policy."""
+
+
+def resuming(kind: Any, model: Any, directory: Path, resume: Any = None, **options: Any) -> Any:
+    """One run, or what is left of one, that saves every other step."""
+    own: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    if issubclass(kind, Resuming):
+        data, settings = datasets.Dataset.from_list(tokens(UNEVEN)), transformers.TrainingArguments
+        more: dict[str, Any] = {"data_collator": transformers.DataCollatorForSeq2Seq(TOKENIZER, padding=True)}
+    elif kind is ResumingSFT:
+        data, settings, more = datasets.Dataset.from_list(rows(24)), trl.SFTConfig, {}
+        own |= {"max_length": 64}
+    else:
+        data, settings, more = preferences(), trl.DPOConfig, {"ref_model": lora.without_adapters(model)}
+        own |= {"max_length": 64, "gradient_checkpointing": False, "disable_dropout": False}
+    trainer = kind(
+        model=model,
+        args=arguments(settings, directory, **(own | options)),
+        train_dataset=data,
+        eval_dataset=data if "eval_strategy" in options else None,
+        processing_class=TOKENIZER,
+        **more,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def started(kind: str = "plain") -> Any:
+    """A model with its adapters, the same every time, and ready to train."""
+    torch.manual_seed(3)
+    model = base()
+    if kind == "bias":
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias = nn.Parameter(torch.ones(layer.self_attn.q_proj.out_features))
+    if kind == "nf4":
+        lora.quantize(model)
+    options: dict[str, Any] = {"lora_dropout": 0.25, "r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    options |= {
+        "dora": {"use_dora": True},
+        "head": {"modules_to_save": ["lm_head"]},
+        "pissa": {"init_lora_weights": "pissa"},
+        "bias": {"bias": "lora_only"},
+    }.get(kind, {})
+    lora.inject(model, LoRAConfig(**options))
+    if kind in ("several", "second"):
+        lora.add_adapter(model, LoRAConfig(r=2, target_modules=["k_proj", "up_proj"], lora_dropout=0.25), "other")
+        lora.set_adapter(model, ["default", "other"] if kind == "several" else "other")
+    return lora.for_training(model, "recompute" if kind == "recompute" else "none")
+
+
+def bytes_of(model: Any, directory: Path) -> dict[str, bytes]:
+    """What `save_adapter` writes of every adapter."""
+    folders = [lora.save_adapter(model, directory, name) for name in lora.adapters(model)]
+    return {
+        f"{f.name}/{file.name}": file.read_bytes() for f in folders for file in sorted(f.iterdir()) if file.is_file()
     }
-    assert_equal(found, kept[2])
-    assert not all(torch.equal(found[name], kept[STEPS][name]) for name in found)
+
+
+KINDS = ["plain", "recompute", "dora", "head", "nf4", "pissa", "several", "second", "bias"]
+TRAINERS = [
+    *((kind, Resuming) for kind in KINDS),
+    ("plain", ResumingSFT),
+    ("plain", ResumingDPO),
+]
+
+
+@pytest.mark.parametrize(("kind", "trainer"), TRAINERS, ids=[f"{kind}-{t.__name__}" for kind, t in TRAINERS])
+@both_backends
+def test_their_trainers_resume_bit_for_bit(backend, kind, trainer, tmp_path):
+    """Stopped within an epoch and at the end of one, with dropout, and shuffled: the adapter's files are the same."""
+    with lora.use_backend(backend):
+        whole = started(kind)
+        resuming(trainer, whole, tmp_path)
+        expected = bytes_of(whole, tmp_path / "expected" / "adapter")
+        (tmp_path / "out" / "checkpoint-6").rename(tmp_path / "last")
+        for step in (4, 2):
+            again = started(kind)
+            resuming(trainer, again, tmp_path, resume=str(tmp_path / "out" / f"checkpoint-{step}"))
+            assert bytes_of(again, tmp_path / f"from_{step}" / "adapter") == expected
+    assert not list((tmp_path / "out").rglob("model*.safetensors"))  # the base model is in none of them
+    if kind not in ("several", "second", "nf4", "bias"):  # which PEFT knows nothing of, or needs another base for
+        theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "last")
+        lora.for_inference(whole)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.eval()(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@both_backends
+def test_a_torn_checkpoint_of_trainer_s_is_passed_over(backend, tmp_path):
+    with lora.use_backend(backend):
+        whole = started()
+        resuming(Resuming, whole, tmp_path)
+        expected = bytes_of(whole, tmp_path / "expected" / "adapter")
+        (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1.')
+        (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()
+        again = started()
+        with pytest.warns(UserWarning, match=r"checkpoint-6 is not whole .*cut off.*checkpoint-4.*from checkpoint-2"):
+            resuming(Resuming, again, tmp_path, resume=True)
+        assert bytes_of(again, tmp_path / "again" / "adapter") == expected
+        for path in (tmp_path / "out").glob("*/trainer_state.json"):
+            path.unlink()
+        with pytest.raises(LoRAError, match=r"no checkpoint in .* is whole"):
+            resuming(Resuming, started(), tmp_path, resume=True)
+        with pytest.raises(LoRAError, match=r"checkpoint-4 is not whole \(no trainer_state\.json"):
+            resuming(Resuming, started(), tmp_path, resume=str(tmp_path / "out" / "checkpoint-4"))
+
+
+def test_what_their_trainers_cannot_resume_is_refused(tmp_path):
+    resuming(Resuming, started(), tmp_path, max_steps=2)
+    folder = tmp_path / "out" / "checkpoint-2"
+    with pytest.raises(LoRAError, match=r"has the adapters 'default', expected those of the model, 'default', 'other'"):
+        resuming(Resuming, started("several"), tmp_path, resume=str(folder))
+    other = lora.for_training(lora.inject(base(), LoRAConfig(r=4, target_modules=["q_proj", "v_proj"])))
+    start = start_of(other)
+    with pytest.raises(
+        LoRAError, match=r"target_modules was .*down_proj.* and is .*lora_dropout was 0\.25 and is 0\.0"
+    ):
+        resuming(Resuming, other, tmp_path, resume=str(folder))
+    assert_equal(start_of(other), start)
+    (folder / "rng_state.pth").unlink()
+    with pytest.warns(UserWarning, match=r"has no rng_state\.pth.*other dropout masks"):
+        resuming(Resuming, started(), tmp_path, resume=str(folder), max_steps=2)
+    (folder / "optimizer.pt").unlink()
+    with pytest.raises(LoRAError, match=r"has no optimizer\.pt, as save_only_model leaves it"):
+        resuming(Resuming, started(), tmp_path, resume=str(folder))
+    with pytest.raises(LoRAError, match=r"carries no adapters"):
+        resuming(Resuming, base(), tmp_path)
+    with pytest.raises(LoRAError, match=r"runs under FSDP, which writes checkpoints of its own"):
+        resuming(Sharding, started(), tmp_path)
+    with pytest.raises(LoRAError, match=r"write class Backwards\(AdapterCheckpoints, Trainer\)"):
+        type("Backwards", (transformers.Trainer, lora.train.AdapterCheckpoints), {})
+
+
+@pytest.mark.parametrize("kind", ["plain", "head", "several"])
+@both_backends
+def test_their_trainers_load_the_best_checkpoint(backend, kind, tmp_path):
+    every = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    every |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first one, that is
+    with lora.use_backend(backend):
+        ours = started(kind)
+        parameters = list(map(id, ours.parameters()))
+        trainer = resuming(Resuming, ours, tmp_path, **every)
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+        assert list(map(id, ours.parameters())) == parameters  # in place
+        found, out = bytes_of(ours, tmp_path / "found" / "adapter"), tmp_path / "out"
+    for name, content in found.items():
+        folder, _, file = name.partition("/")
+        path = file if folder == "adapter" else name
+        assert (out / "checkpoint-2" / path).read_bytes() == content
+        if file.endswith(".safetensors"):
+            assert (out / "checkpoint-6" / path).read_bytes() != content
 
 
 # ---- accelerate and plain PyTorch

@@ -277,12 +277,15 @@ def test_next_token_loss_is_the_models_own(case: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.filterwarnings("ignore:Every label of a batch")
-def test_a_batch_without_labels_teaches_nothing() -> None:
+@pytest.mark.parametrize("fused", [True, False], ids=["through the head", "the model's logits"])
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_a_batch_without_labels_teaches_nothing(backend: str, fused: bool) -> None:
     model = lora.inject(tiny_llama(), lora.LoRAConfig(r=3, init_lora_weights=False))
     batch = batch_of()
     batch["labels"][:] = -100
-    loss = NextTokenLoss(model)(batch, 0)
-    loss.backward()
+    with lora.use_backend(backend):
+        loss = NextTokenLoss(lora.for_training(model), fused)(batch, 0)
+        loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None or bool((p.grad == 0).all()) for p in lora.trainable_parameters(model))
 

@@ -30,6 +30,7 @@ from lora.distributed import class_of
 from lora.fast.attention import causal_attention, takes_attention
 from lora.fast.checkpoint import attention_begins
 from lora.fast.operands import rows_of_one
+from lora.fast.pickling import NotPickled
 from lora.layers import AdapterLayer, LoRALinear, Update
 from lora.nf4_format import row_halves
 from lora.nf4_layer import NF4Linear
@@ -88,7 +89,7 @@ class Fusion:
         for module, ours in self.forwards:
             if vars(module).get("forward") is not ours:
                 continue
-            for name in ("forward", "shared_input", "fused_options"):
+            for name in ("not_pickled", "forward", "shared_input", "fused_options"):
                 vars(module).pop(name, None)
         for group in self.stacked:
             for weight in group:
@@ -133,6 +134,7 @@ def patch_model(model: nn.Module) -> Fusion:
 
 def patch(fusion: Fusion, module: nn.Module, forward: Callable[..., Any], options: dict[str, Any]) -> None:
     """Gives one instance another forward; a bound method, so that a deep copy's is its own."""
+    vars(module)["not_pickled"] = NotPickled()  # first, so that a pickler meets it before the rest
     vars(module)["fused_options"] = options
     vars(module)["forward"] = types.MethodType(forward, module)
     fusion.forwards.append((module, vars(module)["forward"]))

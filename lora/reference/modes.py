@@ -72,7 +72,7 @@ def for_inference(model: nn.Module, merge: bool = False) -> nn.Module:
 
     Args:
         merge: also merge the active adapters into the weights, so that they cost nothing; `for_training` (or
-            `unmerge`) puts the original weights back, bit for bit.
+            `unmerge`) puts the original weights back, bit for bit. False leaves adapters that are merged merged.
     """
     state_of(model)
     set_checkpointing(model, "none")
