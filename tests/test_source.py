@@ -119,6 +119,16 @@ def test_nothing_is_made_for_adapters_that_are_not_there(name, monkeypatch):
     assert len(made) == 1  # by the norm itself
 
 
+def test_a_note_is_as_old_as_its_tensor_and_in_no_file(tmp_path):
+    (x, w, _), before = inputs(torch.float32, False), len(source._sources)
+    y = fast.rms_norm(x, w)
+    assert len(source._sources) == before + 1
+    torch.save(y, tmp_path / "y.pt")
+    assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), y)
+    del y
+    assert len(source._sources) == before
+
+
 def test_a_norm_that_keeps_nothing_says_nothing():
     x, w, _ = inputs(torch.float32, False)
     with torch.no_grad():

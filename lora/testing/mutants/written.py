@@ -83,8 +83,8 @@ WRITTEN: dict[str, list[Text]] = {
          "columns.addmm_(rows, dense_of(part, rows.dtype).T)"),
     ],
     "source": [
-        ("one that was changed in place is made again", "source.version != x._version or ", ""),
-        ("every input is kept", "    return source\n", "    return Source(itself, (rows,))\n"),
+        ("one that was changed in place is made again", " or source.version != x._version", ""),
+        ("every input is kept", "x._version else source", "x._version else Source(itself, (rows,))"),
     ],
     "attention": [
         ("nothing of a block hidden", "triu_(1)", "triu_(rows)"),
