@@ -96,11 +96,14 @@ class LoRAMLP(FusedFunction):
         if needs_above:
             dh, plus_dh = hidden_gradient(behind, parts[2:], below, dropout)
             dg, dz, h = gated_backward(dh, g, z, ctx.activation, (plus_dh, *updates), needs_h)
-            rows = ctx.make_rows(*source)
-            dx, of_above = backward_group([dg, dz], rows, parts[:2], above, ctx.dropout, wants_x, needs[:2])
+            del dh
         elif needs_h:
             h = gated_forward(g, z, ctx.activation, updates)
         of_down = part_gradients(behind, h, parts[2:], below, dropout, needs[2:])
+        del h  # dh and h are gone before dx is made
+        if needs_above:
+            rows = ctx.make_rows(*source)
+            dx, of_above = backward_group([dg, dz], rows, parts[:2], above, ctx.dropout, wants_x, needs[:2])
         gradients = itertools.chain.from_iterable([*of_above, *of_down])
         return None if dx is None else dx.view(ctx.shape), None, None, None, *gradients
 
@@ -143,7 +146,7 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dg = dh ⊙ z ⊙ act'(g) and dz = dh ⊙ act(g), the two halves of one buffer [tokens, 2·hidden]; h where wanted.
 
-    On kernels dh, g and z may have an update to be added first.
+    On kernels dh, g and z may have an update to be added first; elsewhere h takes the memory of dh, the caller's own.
     """
     if runs_triton(g):
         plus_dh, plus_g, plus_z = (flat_term(update) for update in updates)
@@ -152,15 +155,14 @@ def gated_backward(
         return dg, dz, made if with_h else None
     both = dh.new_empty(len(dh), 2 * dh.shape[1])
     dg, dz = both.chunk(2, dim=1)
-    h = torch.empty_like(dz, memory_format=torch.contiguous_format) if with_h else None
     wide = torch.promote_types(g.dtype, torch.float32)
     for rows in row_blocks(g):
         act = activated(g[rows], activation)
-        if h is not None:
-            write_product(act, z[rows], h[rows])
-        write_product(act, dh[rows], dz[rows])
         write_product(through_activation(dh[rows].to(wide), g[rows].to(wide), activation), z[rows], dg[rows])
-    return dg, dz, h
+        write_product(act, dh[rows], dz[rows])
+        if with_h:
+            write_product(act, z[rows], dh[rows])
+    return dg, dz, dh if with_h else None
 
 
 def activated(g: Tensor, activation: str) -> Tensor:

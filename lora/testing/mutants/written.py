@@ -127,7 +127,7 @@ WRITTEN: dict[str, list[Text]] = {
         ("dg is dz's", "activation), z[rows], dg[rows])", "activation), z[rows], dg[rows].clone())\n        dg[rows] = dz[rows]"),
         ("act'(g) without z", "activation), z[rows], dg[rows])", "activation), torch.ones_like(z[rows]), dg[rows])"),
         ("dz of z, not of act(g)", "write_product(act, dh[rows], dz[rows])", "write_product(z[rows], dh[rows], dz[rows])"),
-        ("down's input made of dh", "write_product(act, z[rows], h[rows])", "write_product(act, dh[rows], h[rows])"),
+        ("down's input made of dh", "write_product(act, z[rows], dh[rows])", "write_product(act, dh[rows], dh[rows])"),
         ("the first block alone", "for rows in row_blocks(g):", "for rows in [slice(0, max(1, len(g) // 2))]:"),
         ("g and z exchanged in the backward", "dg, dz, h = gated_backward(dh, g, z,", "dg, dz, h = gated_backward(dh, z, g,"),
         ("SiLU's slope without the product's second term", "torch.ops.aten.silu_backward(dact, g)",
