@@ -170,12 +170,12 @@ def test_waiting_gradients_are_those_that_a_plan_is_made_for(tmp_path):
 def test_gradients_come_block_by_block(tmp_path):
     """At a high rank and with recomputation the peak is in a block, when later ones have theirs only."""
     with lora.use_backend("fast"):
-        found = forecast(directory_of(MODELS["qwen3"](), tmp_path), gpu="cpu", seq=128, batch=1, rank=32,
+        found = forecast(directory_of(MODELS["qwen3"](), tmp_path), gpu="cpu", seq=64, batch=1, rank=32,
                          checkpointing="recompute")  # fmt: skip
         model = live(MODELS["qwen3"](), "none", 32)
         lora.for_training(model, "recompute")
-        measured = planning.measured_peak(model, 1, 128)
-    assert found.peak == pytest.approx(measured, rel=0.03)  # 7% over, were all of them there
+        measured = planning.measured_peak(model, 1, 64)
+    assert found.peak == pytest.approx(measured, rel=0.03)  # 5% over, were all of them there
 
 
 def rows_of(part: str) -> list[dict[str, str]]:

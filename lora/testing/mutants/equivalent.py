@@ -16,6 +16,7 @@ EQUIVALENT: dict[str, str] = {
     + "Gradients that fill their buffer go back through one product each.",
     "mlp:hidden_gradient: behind.factors is None → (behind.factors is not None)": COST
     + "The update is added by the product, not by the activation's kernel.",
+    "mlp:gated_backward: dh if with_h else None → (dh)": COST + "What is not wanted is not read.",
     "mlp:write_product: torch.mul(left, right, out=out) → torch.mul(right, left, out=out)": "A product of two numbers "
     "is the same in either order.",
     "kernels.nf4:rounded: b_value.to(dtype) → (b_value)": "The store that follows converts to the same type of its "
