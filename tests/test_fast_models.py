@@ -231,13 +231,13 @@ def test_a_model_that_adds_to_a_result_in_place(mode):
     for backend in ("reference", "fast"):
         torch.manual_seed(0)
         with lora.use_backend(backend):
-            model = lora.inject(AutoModelForCausalLM.from_config(config), options)
+            model = lora.inject(AutoModelForCausalLM.from_config(config).double(), options)
             lora.for_training(model, checkpointing=mode)
             ids = torch.arange(1, 25).view(2, 12)
             loss = model(input_ids=ids, labels=ids).loss
             found[backend] = [loss.detach(), *torch.autograd.grad(loss, lora.trainable_parameters(model))]
     for one, other in zip(found["fast"], found["reference"], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert other.any() and (one - other).abs().max() <= 1000 * 2.0**-53 * other.abs().max()  # float64's roundings
 
 
 @pytest.mark.parametrize("mode", ["recompute", "selective", "offload"])
